@@ -1,0 +1,1 @@
+"""Helpers of the course; nothing is imported until it is used."""

@@ -1,0 +1,57 @@
+"""The errors a learner may meet: each states the problem and the fix.
+
+Showing them without a traceback in notebooks lives here too; the command line does its own printing.
+"""
+
+from __future__ import annotations
+
+
+class CourseError(Exception):
+    """A problem with a known fix. ``str()`` gives the problem, then a line that starts with "Fix: "."""
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem, fix)
+        self.problem = problem
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.problem}\nFix: {self.fix}"
+
+
+class DataError(CourseError):
+    """Rows or messages that can't be used as they are."""
+
+
+class ModelError(CourseError):
+    """Weights, tokenizer or adapter absent, incomplete or of another model."""
+
+
+class SettingError(CourseError):
+    """A profile, a setting or an argument that is unknown or of the wrong type."""
+
+
+class MachineError(CourseError):
+    """Something this machine lacks: memory, disk, a GPU, a package."""
+
+
+def show_errors_plainly() -> bool:
+    """Show a ``CourseError`` in this notebook as one clear message; ``%tb`` still gives the traceback.
+
+    Other exceptions stay as IPython shows them. Returns False, and does nothing, outside IPython.
+    """
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    shell = get_ipython()
+    if shell is None:
+        return False
+    shell.set_custom_exc((CourseError,), _print_plainly)
+    return True
+
+
+def _print_plainly(shell, kind, error, traceback, tb_offset=None):
+    """IPython's handler signature; the returned list is the error output that a kernel sends to the notebook."""
+    lines = [f"{kind.__name__}: {error.problem}", f"Fix: {error.fix}"]
+    shell._showtraceback(kind, error, lines)
+    return lines
