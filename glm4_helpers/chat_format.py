@@ -179,7 +179,9 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
             f"A conversation must be a list of messages, not {type(messages).__name__}.",
             'Write [{"role": "user", "content": "..."}].',
         )
-    turns = [turn for number, message in enumerate(messages, 1) for turn in _message_turns(message, f"message {number}")]
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, 1):
+        turns += _message_turns(message, f"message {number}")
     if not turns:
         raise DataError(
             "The conversation has no message with content.",
