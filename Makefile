@@ -1,0 +1,46 @@
+# Every target first makes .venv and installs the course into it, once; then it goes.
+#   make course     train glm4-nano's adapter and print the scores before and after
+#   make test       every test, the slow ones too
+#   make lab        JupyterLab on the notebooks
+#   make notebooks  run the notebooks and store their outputs in place
+#   make bench      train and score again from nothing, and print the time it took
+# Variables:
+#   PYTHON=...       the Python (3.11 or newer) to make .venv with
+#   TORCH_INDEX=cpu  take torch from PyTorch's CPU index (Linux without a GPU: a far smaller download);
+#                    also cu128 and so on, or a whole address
+#   PYTEST=...       arguments for pytest, for example PYTEST="-m 'not slow'"
+# Kept to what GNU make 3.81 knows, since macOS ships that. Paths are relative, so that spaces in the
+# folder's own path do no harm.
+
+.DEFAULT_GOAL := course
+.PHONY: course test lab notebooks bench install clean
+
+RUN = .venv/bin/python
+INSTALLED = .venv/installed
+PYTEST =
+
+course: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers train
+	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers evaluate
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(RUN) -m pytest $(PYTEST)
+
+lab: $(INSTALLED)
+	$(RUN) -m jupyter lab notebooks
+
+notebooks: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+bench: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers train --force --tracking disabled --output outputs/bench
+	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers evaluate --adapter outputs/bench
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@sh .ci/install "$(PYTHON)" "$(TORCH_INDEX)"
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf .venv outputs
