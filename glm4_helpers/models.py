@@ -1,0 +1,525 @@
+"""Tokenizer, base model and adapter from a profile, what they are made of, and whether an adapter is live.
+
+Generating text lives in generation, training in training; memory needs are worked out in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Glm4Config,
+    GlmConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import chat_format
+from .errors import MachineError, ModelError
+from .paths import home
+from .profiles import Profile
+
+FACTS_FILE = "base_model_facts.json"
+PARTS = ("embeddings", "attention", "mlp", "norms", "lm_head", "adapter", "other")
+
+
+# Loading
+
+
+def base_folder(profile: Profile) -> Path:
+    """Where the profile's base model is, whether its files are there yet or not."""
+    return home() / profile.base_model
+
+
+def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
+    """The tokenizer in `base_folder(profile)`, padding on the left with `<|endoftext|>`.
+
+    Raises ModelError where its files are absent or lack GLM-4's special tokens.
+    """
+    folder = base_folder(profile)
+    _require_files(folder, ("tokenizer.json", "tokenizer_config.json"), profile)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+    chat_format.stop_ids(tokenizer)
+    tokenizer.pad_token = chat_format.STOP_TOKENS[0]
+    return tokenizer
+
+
+def load_base_model(
+    profile: Profile, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """The base model in `base_folder(profile)`, in evaluation mode, with sdpa attention and the three stop ids.
+
+    `dtype` None takes the profile's; "auto" is `faster_dtype()`. `device` None is this process's GPU where there is
+    one, else the CPU. Raises ModelError where weights are absent, partly there or damaged.
+    """
+    folder = base_folder(profile)
+    check_weights(folder, profile)
+    device = torch.device(device) if device is not None else default_device()
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype or profile.dtype)}
+    if profile.quantization is not None:
+        options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True, **options)
+    set_stop_ids(model, load_tokenizer(profile))
+    return model.eval() if profile.quantization is not None else model.to(device).eval()
+
+
+def default_device() -> torch.device:
+    """This process's GPU where there is one (LOCAL_RANK among several), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the three stop ids and the padding id on the model's config and generation config.
+
+    To be called again after a Trainer was built: it aligns both with the tokenizer, which knows one eos only.
+    """
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = chat_format.stop_ids(tokenizer)
+        settings.pad_token_id = tokenizer.pad_token_id
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of a name such as "bfloat16"; "auto" is `faster_dtype()`. Raises ModelError for other names."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return faster_dtype()
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{dtype!r} is not a dtype for weights.", 'Use "auto", "float32" or "bfloat16".')
+    return found
+
+
+@cache
+def faster_dtype() -> torch.dtype:
+    """bfloat16 where it trains faster than float32 on this machine, else float32.
+
+    GPUs answer for themselves. A CPU without bf16 instructions gets float32; one with them is timed on a small
+    training step (about a second), and bfloat16 must win by a fifth, so that noise doesn't decide.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if not _cpu_has_bf16():
+        return torch.float32
+    faster = _step_seconds(torch.bfloat16) * 1.2 < _step_seconds(torch.float32)
+    return torch.bfloat16 if faster else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in ("amx_bf16", "amx_tile", "avx512_bf16", "sve_bf16", "bf16"))
+
+
+def _step_seconds(dtype: torch.dtype) -> float:
+    """Seconds of the fastest of five training steps (512 tokens) of a small GLM in this dtype."""
+    config = GlmConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, pad_token_id=0, eos_token_id=[1],
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        ids = torch.randint(0, 512, (8, 64))
+        return min(_timed_step(model, ids) for _ in range(6))
+
+
+def _timed_step(model: nn.Module, ids: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return time.perf_counter() - start
+
+
+def _quantization(profile: Profile) -> BitsAndBytesConfig:
+    """QLoRA's 4-bit settings: NF4, double quantization, bfloat16 arithmetic (fp16 gives NaN in GLM-4)."""
+    if not torch.cuda.is_available():
+        raise MachineError(
+            f"The profile {profile.name} needs a CUDA GPU for its {profile.quantization} weights.",
+            "Choose a profile without quantization, such as glm4-nano, or run this on a machine with a GPU.",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=profile.quantization,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+# Files of a base model
+
+
+def check_weights(folder: Path, profile: Profile) -> None:
+    """Raise ModelError, naming the first file at fault, unless config and all weights are there and whole."""
+    _require_files(folder, ("config.json",), profile)
+    for file in weight_files(folder, profile):
+        problem = _damage(file)
+        if problem:
+            raise ModelError(f"{file} {problem}.", _weights_fix(profile))
+
+
+def weight_files(folder: Path, profile: Profile) -> list[Path]:
+    """The safetensors files of a model folder, in order. Raises ModelError for the first one that is absent."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        _require_files(folder, ("model.safetensors",), profile)
+        return [folder / "model.safetensors"]
+    names = sorted(set(_read_json(index)["weight_map"].values()))
+    _require_files(folder, names, profile)
+    return [folder / name for name in names]
+
+
+def base_fingerprint(folder: Path) -> str:
+    """A short digest that changes with a model's shape or weights: config, file headers and samples of the data.
+
+    Reads about 64 KB a file, so it takes no time for 9B either. Settings that don't change the weights (versions,
+    stop ids) stay out. Raises OSError for a folder without a model.
+    """
+    digest = hashlib.sha256()
+    config = _read_json(folder / "config.json")
+    volatile = ("transformers_version", "_name_or_path", "eos_token_id", "pad_token_id", "use_cache", "dtype")
+    kept = {key: value for key, value in config.items() if key not in (*volatile, "torch_dtype")}
+    digest.update(json.dumps(kept, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(_sampled(file))
+    return digest.hexdigest()[:16]
+
+
+def _sampled(file: Path, samples: int = 16, block: int = 4096) -> bytes:
+    """The header of a safetensors file and evenly spaced blocks of its data."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        parts = [stream.read(min(length, size))]
+        for number in range(samples):
+            stream.seek(8 + length + (size - 8 - length) * number // samples)
+            parts.append(stream.read(block))
+    return b"".join(parts)
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a safetensors file, judged by its header and size; None when it is whole."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start.startswith(b"version "):
+            return "is a Git LFS pointer, not weights"
+        if size < 8 or length > size:
+            return "is not a complete safetensors file"
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return "is not a safetensors file"
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    return None if size == expected else f"has {size:,} bytes where {expected:,} are expected"
+
+
+def _require_files(folder: Path, names: Iterable[str], profile: Profile) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"The model of {profile.name} is not here: no folder {folder}.", _weights_fix(profile))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(f"The model of {profile.name} is incomplete: no {folder / name}.", _weights_fix(profile))
+
+
+def _weights_fix(profile: Profile) -> str:
+    if profile.hub_id is None:
+        return f"Run: git checkout -- {profile.base_model}   (it ships with the repository)"
+    return f"Run: python -m glm4_helpers download --profile {profile.name}   (complete files are kept)"
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}.", "Delete the file and get it again.") from error
+
+
+# Adapters
+
+
+def save_adapter_facts(adapter_dir: Path, profile: Profile) -> dict[str, Any]:
+    """Write beside an adapter which base model it belongs to (FACTS_FILE); `load_adapter` compares. Returns the facts.
+
+    Raises ModelError where the base model's weights are absent.
+    """
+    folder = base_folder(profile)
+    check_weights(folder, profile)
+    facts = {"base_model": profile.base_model, "base_fingerprint": base_fingerprint(folder)}
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    (Path(adapter_dir) / FACTS_FILE).write_text(text, encoding="utf-8")
+    return facts
+
+
+def read_adapter_facts(adapter_dir: Path) -> dict[str, Any] | None:
+    """What `save_adapter_facts` wrote, or None for an adapter that came without."""
+    file = Path(adapter_dir) / FACTS_FILE
+    return _read_json(file) if file.exists() else None
+
+
+def load_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profile) -> PeftModel:
+    """The base model with the adapter on it, in evaluation mode, after `check_adapter`.
+
+    Raises ModelError; the base model is then left as it was.
+    """
+    check_adapter(base_model, adapter_dir, profile)
+    model = PeftModel.from_pretrained(base_model, adapter_dir, is_trainable=False)
+    return model.eval()
+
+
+def check_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profile) -> None:
+    """Raise ModelError unless the adapter is complete, made for this base model, and live.
+
+    Live: it has the modules that the profile asks for in every layer, no lora_B is all zeros (then it would change
+    nothing) and no weight is NaN. An adapter without FACTS_FILE is only warned about: its shapes still have to fit.
+    """
+    adapter_dir = Path(adapter_dir)
+    config = _read_adapter_config(adapter_dir)
+    _check_facts(adapter_dir, profile)
+    matched = check_target_modules(base_model, config.target_modules)
+    tensors = _lora_tensors(adapter_dir)
+    _check_modules_present(adapter_dir, matched, tensors)
+    _check_module_count(base_model, adapter_dir, matched, profile)
+    _check_shapes(base_model, adapter_dir, tensors, config.r)
+    _check_values(adapter_dir, tensors)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
+    """The same weights without the adapter while the block runs; a model without one passes unchanged."""
+    if not isinstance(model, PeftModel):
+        yield model
+        return
+    with model.disable_adapter():
+        yield model
+
+
+def check_target_modules(model: nn.Module, targets: str | Iterable[str] | None) -> list[str]:
+    """Names of the linear modules that LoRA targets match, in order.
+
+    Raises ModelError naming each target that matches none: PEFT skips those in silence, and GLM-4 has its gate and
+    up projections fused, so the gate_proj and up_proj of other recipes match nothing here.
+    """
+    linear = _linear_modules(model)
+    targets = [targets] if isinstance(targets, str) else sorted(targets or ())
+    unmatched = [target for target in targets if not any(_matches(name, target) for name in linear)]
+    if unmatched or not targets:
+        known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))
+        asked = ", ".join(unmatched) or "nothing"
+        raise ModelError(
+            f"The LoRA target modules name {asked}, which {_architecture(model)} does not have.",
+            f"Choose among its linear modules: {known}.",
+        )
+    return [name for name in linear if any(_matches(name, target) for target in targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear modules of the base model by name; LoRA's own matrices are not among them."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = {}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            found[name.removesuffix(".base_layer")] = module
+    return found
+
+
+def _architecture(model: nn.Module) -> str:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return type(base).__name__
+
+
+def _read_adapter_config(adapter_dir: Path) -> PeftConfig:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter_dir / name).is_file():
+            raise ModelError(f"There is no adapter in {adapter_dir}: {name} is absent.", _TRAIN_FIX)
+    problem = _damage(adapter_dir / "adapter_model.safetensors")
+    if problem:
+        raise ModelError(f"{adapter_dir / 'adapter_model.safetensors'} {problem}.", _TRAIN_FIX)
+    _read_json(adapter_dir / "adapter_config.json")
+    config = PeftConfig.from_pretrained(adapter_dir)
+    if getattr(config, "target_modules", None) is None or not hasattr(config, "r"):
+        raise ModelError(f"The adapter in {adapter_dir} is not a LoRA adapter.", _TRAIN_FIX)
+    return config
+
+
+_TRAIN_FIX = "Train it with `python -m glm4_helpers train`, or name the folder of a finished adapter."
+
+
+def _check_facts(adapter_dir: Path, profile: Profile) -> None:
+    facts = read_adapter_facts(adapter_dir)
+    if facts is None:
+        warnings.warn(
+            f"{adapter_dir} has no {FACTS_FILE}: whether it was trained on {profile.base_model} is judged by shapes only.",
+            stacklevel=4,
+        )
+        return
+    found = base_fingerprint(base_folder(profile))
+    if facts.get("base_fingerprint") != found:
+        raise ModelError(
+            f"The adapter in {adapter_dir} was trained on other base weights: {facts.get('base_model')} with fingerprint "
+            f"{facts.get('base_fingerprint')}, while {profile.base_model} here has {found}.",
+            "Choose the profile it was trained with, or train it again on these weights.",
+        )
+
+
+def _lora_tensors(adapter_dir: Path) -> dict[str, torch.Tensor]:
+    """LoRA's matrices by their name in the base model, such as model.layers.0.self_attn.q_proj.lora_A."""
+    with safe_open(adapter_dir / "adapter_model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if ".lora_A." in name or ".lora_B." in name]
+        return {name.removeprefix("base_model.model.").removesuffix(".weight"): file.get_tensor(name) for name in names}
+
+
+def _check_modules_present(adapter_dir: Path, matched: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    expected = {f"{name}.lora_{side}" for name in matched for side in "AB"}
+    absent, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    if absent or extra:
+        what = f"lacks {absent[0]}" if absent else f"has {extra[0]}, which this model does not"
+        raise ModelError(f"The adapter in {adapter_dir} {what} ({len(absent)} absent, {len(extra)} too many).", _TRAIN_FIX)
+
+
+def _check_module_count(
+    model: PreTrainedModel, adapter_dir: Path, matched: Sequence[str], profile: Profile
+) -> None:
+    if profile.lora is None:
+        return
+    layers, targets = model.config.num_hidden_layers, profile.lora.target_modules
+    if len(matched) == layers * len(targets):
+        return
+    raise ModelError(
+        f"The adapter in {adapter_dir} changes {len(matched)} modules; the profile {profile.name} expects "
+        f"{layers * len(targets)} ({layers} layers x {', '.join(targets)}).",
+        "Use the profile settings it was trained with, or train it again with this profile.",
+    )
+
+
+def _check_shapes(model: nn.Module, adapter_dir: Path, tensors: Mapping[str, torch.Tensor], rank: int) -> None:
+    linear = _linear_modules(model)
+    for name, tensor in tensors.items():
+        module = linear[name.rsplit(".", 1)[0]]
+        shape = (rank, module.in_features) if name.endswith("lora_A") else (module.out_features, rank)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"The adapter in {adapter_dir} does not fit this base model: {name} is {tuple(tensor.shape)}, not {shape}.",
+                "Choose the profile it was trained with.",
+            )
+
+
+def _check_values(adapter_dir: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"The adapter in {adapter_dir} has NaN or infinite values in {name}.", _TRAIN_FIX)
+        if name.endswith("lora_B") and not tensor.any():
+            raise ModelError(
+                f"The adapter in {adapter_dir} is not live: {name} is all zeros, so it changes nothing there.", _TRAIN_FIX
+            )
+
+
+# What a model is made of
+
+
+def meta_model(source: Profile | PreTrainedConfig) -> PreTrainedModel:
+    """The model's modules and shapes on torch's meta device: no weights, no memory, so 9B takes a second or two.
+
+    A profile whose weights are not here is built from the architecture's default config, which is GLM-4-9B's; raises
+    ModelError for one that has no such default.
+    """
+    config = source if isinstance(source, PreTrainedConfig) else _config_of(source)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+
+
+def _config_of(profile: Profile) -> PreTrainedConfig:
+    folder = base_folder(profile)
+    if (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    defaults = {"GlmForCausalLM": GlmConfig, "Glm4ForCausalLM": Glm4Config}
+    if "9b" not in profile.base_model.lower() or profile.architecture not in defaults:
+        raise ModelError(f"The shape of {profile.base_model} is not known here: no config.json.", _weights_fix(profile))
+    return defaults[profile.architecture]()
+
+
+def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
+    """Rows of part, parameters, trainable and share (of all parameters), one for each of PARTS that occurs, then "total".
+
+    Shared weights (a tied lm_head) count once, where they first occur. 4-bit weights count as stored.
+    """
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        row = counts[_part_of(name)]
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() if parameter.requires_grad else 0
+    total, trainable = (sum(row[column] for row in counts.values()) for column in (0, 1))
+    rows = [(part, *row) for part, row in counts.items() if row[0]] + [("total", total, trainable)]
+    return [
+        {"part": part, "parameters": count, "trainable": train, "share": count / total} for part, count, train in rows
+    ]
+
+
+def _part_of(name: str) -> str:
+    signs = (("lora_", "adapter"), ("embed", "embeddings"), ("norm", "norms"), ("lm_head", "lm_head"))
+    signs += (("self_attn", "attention"), ("mlp", "mlp"))
+    return next((part for sign, part in signs if sign in name), "other")
+
+
+def structure(model: nn.Module) -> str:
+    """A short text tree of the model with shapes (`in -> out` for linear modules); equal layers are shown once."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "\n".join([type(base).__name__, *_branches(base, "")])
+
+
+def _branches(module: nn.Module, indent: str) -> Iterator[str]:
+    children = list(module.named_children())
+    for number, (name, child) in enumerate(children, 1):
+        last = number == len(children)
+        repeated = isinstance(child, nn.ModuleList) and len(child) > 0
+        label = f"{name} x {len(child)}" if repeated else name
+        shown = child[0] if repeated else child
+        yield f"{indent}{'└─' if last else '├─'} {label}  {_describe(shown)}".rstrip()
+        if not _is_leaf(shown):
+            yield from _branches(shown, indent + ("   " if last else "│  "))
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") or not any(True for _ in module.children())
+
+
+def _describe(module: nn.Module) -> str:
+    inner = getattr(module, "base_layer", module)
+    if isinstance(inner, nn.Linear):
+        text = f"{inner.in_features} -> {inner.out_features}" + (", bias" if inner.bias is not None else "")
+    else:
+        shapes = [tuple(parameter.shape) for parameter in inner.parameters(recurse=False)]
+        text = ", ".join([type(inner).__name__, *(" x ".join(map(str, shape)) for shape in shapes)])
+    return text + _describe_lora(module)
+
+
+def _describe_lora(module: nn.Module) -> str:
+    ranks = getattr(module, "r", None)
+    if not isinstance(ranks, dict) or not ranks:
+        return ""
+    count = sum(prod(weight.shape) for name, weight in module.named_parameters() if "lora_" in name)
+    return f"  + LoRA r={next(iter(ranks.values()))} ({count:,} parameters)"
