@@ -1,0 +1,485 @@
+"""What this machine is, and whether it is enough for a profile: the doctor.
+
+It only looks: nothing is installed, downloaded or changed. Exact memory figures live in memory.py; the needs here
+are estimates to decide by. Light to import; torch is imported when the GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CourseError
+from .paths import home
+from .profiles import Profile, get_profile, profile_names
+
+GIB = 2**30
+
+# Instructions that make bfloat16 or float32 arithmetic fast, as Linux names them.
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+
+# Families that matplotlib can draw Chinese with, on Linux, macOS and Windows.
+CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei", "PingFang SC", "PingFang HK", "Hiragino Sans GB", "Heiti TC", "STHeiti", "Songti SC",
+    "Arial Unicode MS", "Microsoft YaHei", "SimHei", "SimSun",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator as torch sees it; ``kind`` is "cuda" (ROCm too) or "mps", memory in GiB."""
+
+    name: str
+    kind: str
+    memory_gib: float
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the course may use here. Memory and disk in GiB; a container's limits count, not its host's size."""
+
+    system: str
+    python: str
+    cpu: str
+    cores: int
+    cpu_features: tuple[str, ...]
+    memory_gib: float
+    memory_available_gib: float
+    disk_free_gib: float
+    gpus: tuple[Gpu, ...]
+    torch: str | None
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU with the most memory, or None."""
+        return max(self.gpus, key=lambda gpu: gpu.memory_gib, default=None)
+
+    def __str__(self) -> str:
+        """One line for the top of a notebook."""
+        gpu = _gpu_text(self.gpus) if self.gpus else "no GPU"
+        return f"{self.cpu}, {_count(self.cores, 'core')}, {self.memory_gib:.0f} GiB memory, {gpu}, torch {self.torch}"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Estimates for training with a profile, in GiB; ``gpu_memory_gib`` 0 means that a CPU is enough.
+
+    With full fine-tuning, ``gpu_memory_gib`` is the sum over all GPUs.
+    """
+
+    memory_gib: float
+    gpu_memory_gib: float
+    disk_gib: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's table. ``fix`` says what to do and is empty where ``ok``."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The doctor's findings. ``ok`` is about ``profile``; ``profiles`` says which of the others would run here."""
+
+    profile: str
+    machine: Machine
+    checks: tuple[Check, ...]
+    profiles: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check for the chosen profile passed."""
+        return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        return format_report(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as a dict that JSON can hold."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+
+def machine(folder: Path | None = None) -> Machine:
+    """This machine; disk space is that of ``folder`` (default: the working folder)."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit = _container_memory_limit() or memory.total
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        cpu=_cpu_name(),
+        cores=_cores(),
+        cpu_features=_cpu_features(),
+        memory_gib=round(min(limit, memory.total) / GIB, 1),
+        memory_available_gib=round(min(limit, memory.available) / GIB, 1),
+        disk_free_gib=round(shutil.disk_usage(folder or Path.cwd()).free / GIB, 1),
+        gpus=_gpus(),
+        torch=_version("torch"),
+    )
+
+
+def needs(profile: Profile) -> Needs:
+    """Estimated needs for training with ``profile``.
+
+    GPU memory is weights, gradients and optimizer states of what is trained, the logits in float32 with their softmax
+    and gradient, and 1.5 GiB for activations (recomputed by gradient checkpointing) and libraries. For the published
+    9B recipe this gives 21 GiB; 21.5 GiB was reported for it (zai-org/GLM-4, June 2024).
+    """
+    if profile.name == "glm4-nano":
+        return Needs(memory_gib=2, gpu_memory_gib=0, disk_gib=1)
+    parameters, vocabulary = _size(profile)
+    weights = parameters * 2 / GIB
+    training = profile.training
+    logits = training.per_device_batch_size * training.max_length * vocabulary * 4 * 3 / GIB
+    return Needs(
+        memory_gib=8,
+        gpu_memory_gib=round(_weights_in_training(profile) + logits + 1.5),
+        disk_gib=round(weights * (1.2 if profile.lora else 3) + 1),
+    )
+
+
+def doctor(profile: Profile | None = None) -> Report:
+    """Checks whether this machine, its packages and its files are enough for ``profile``."""
+    profile = profile or get_profile()
+    here = machine(_course_folder())
+    checks = [
+        _python_check(),
+        *_package_checks(profile),
+        Check("CPU", True, f"{here.cpu}, {_count(here.cores, 'core')}, {_features_text(here)}"),
+        _gpu_check(here, profile),
+        _size_check("memory", here.memory_gib, needs(profile).memory_gib, _MORE_MEMORY),
+        _size_check("disk", here.disk_free_gib, needs(profile).disk_gib, _MORE_DISK),
+        _font_check(),
+        _course_check(),
+        *_file_checks(profile),
+    ]
+    return Report(profile.name, here, tuple(checks), tuple(_profile_check(here, name) for name in profile_names()))
+
+
+def format_report(report: Report) -> str:
+    """The report as a plain table, each FAIL followed by its fix."""
+    width = max(len(check.name) for check in (*report.checks, *report.profiles))
+    lines = [f"Is this machine enough for {report.profile}?", ""]
+    for check in report.checks:
+        lines.append(f"{'OK  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.found}")
+        lines += [] if check.ok else [f"      {'':<{width}}  Fix: {check.fix}"]
+    lines += ["", "Profiles that could be trained on this machine (memory and disk are estimates):"]
+    for check in report.profiles:
+        lines.append(f"{'yes ' if check.ok else 'no  '}  {check.name:<{width}}  {check.found}")
+    failed = sum(not check.ok for check in report.checks)
+    verdict = "All checks passed." if report.ok else f"{_count(failed, 'check')} failed."
+    return "\n".join([*lines, "", verdict])
+
+
+_MORE_MEMORY = "Close other programs, take a machine with more memory, or choose a smaller profile with --profile."
+_MORE_DISK = "Free some space, or clone the course onto a larger disk."
+
+
+# --- packages -------------------------------------------------------------------------------------------------------
+
+
+def _python_check() -> Check:
+    return Check(
+        "Python",
+        sys.version_info >= (3, 11),
+        platform.python_version(),
+        "" if sys.version_info >= (3, 11) else "Install Python 3.11 or newer and make a new environment with it.",
+    )
+
+
+def _package_checks(profile: Profile) -> list[Check]:
+    """One check for each requirement of the course, and for those that only this profile has."""
+    extras = set()
+    if profile.quantization:
+        extras.add("bitsandbytes")
+    if profile.lora is None:
+        extras.add("deepspeed")
+    return [_package_check(line) for line in requirements(extras)]
+
+
+def requirements(extras: set[str] = frozenset()) -> list[str]:
+    """What the course requires, as pip writes it: from pyproject.toml in the clone, else from the installed package."""
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    if pyproject.is_file():
+        import tomllib
+
+        project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+        optional = project["optional-dependencies"]
+        return [*project["dependencies"], *(line for extra in sorted(extras) for line in optional[extra])]
+    return _installed_requirements(extras)
+
+
+def _installed_requirements(extras: set[str]) -> list[str]:
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires("glm4-helpers") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    wanted = []
+    for line in lines:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+            requirement.marker = None
+            wanted.append(str(requirement))
+    return wanted
+
+
+def _package_check(line: str) -> Check:
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(line)
+    version = _version(requirement.name)
+    fix = f'python -m pip install "{line}"'
+    if version is None:
+        return Check(requirement.name, False, "not installed", fix)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(requirement.name, False, f"{version}, but {requirement.specifier} is needed", fix)
+    return Check(requirement.name, True, version)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- what a profile needs -------------------------------------------------------------------------------------------
+
+
+def _size(profile: Profile) -> tuple[int, int]:
+    """Parameters and vocabulary of the profile's base model."""
+    return (1_593_000_000, 59_264) if profile.name == "glm-edge-1.5b" else (9_399_951_360, 151_552)
+
+
+def _weights_in_training(profile: Profile) -> float:
+    """GiB for weights, gradients and AdamW states. A LoRA adapter's own share is too small to count."""
+    parameters, _ = _size(profile)
+    if profile.lora is None:
+        return parameters * 16 / GIB
+    if profile.quantization:
+        # Embedding and output layer stay in bfloat16; nf4 takes half a byte and its scales about a tenth of that.
+        kept = 2 * 151_552 * 4096
+        return (kept * 2 + (parameters - kept) * 0.55) / GIB
+    return parameters * 2 / GIB
+
+
+def _profile_check(here: Machine, name: str) -> Check:
+    """Whether the hardware is enough; packages and files can be fetched and are left out."""
+    profile = get_profile(name)
+    need = needs(profile)
+    wanted = f"{need.memory_gib:.0f} GiB memory, {need.disk_gib:.0f} GiB disk"
+    if need.gpu_memory_gib:
+        wanted += f", {need.gpu_memory_gib:.0f} GiB on {'GPUs together' if profile.lora is None else 'one GPU'}, bfloat16"
+    ok = _gpu_check(here, profile).ok and here.memory_gib >= need.memory_gib and here.disk_free_gib >= need.disk_gib
+    return Check(name, ok, f"needs {wanted}", "" if ok else "Take a larger machine, or a smaller profile.")
+
+
+def _gpu_check(here: Machine, profile: Profile) -> Check:
+    need = needs(profile).gpu_memory_gib
+    if not need:
+        return Check("GPU", True, _gpu_text(here.gpus) if here.gpus else "none, and none is needed")
+    if not here.gpus:
+        return Check("GPU", False, f"none that torch can use; {need:.0f} GiB needed", _no_gpu_fix())
+    usable = [gpu for gpu in here.gpus if gpu.bfloat16]
+    sizes = [gpu.memory_gib for gpu in usable] or [0.0]
+    size = sum(sizes) if profile.lora is None else max(sizes)
+    if not usable:
+        fix = "Take a GPU with bfloat16 (NVIDIA: Ampere or newer): float16 gives NaN on GLM-4."
+        return Check("GPU", False, f"{_gpu_text(here.gpus)}, without bfloat16", fix)
+    if size < need:
+        fix = "Take a larger GPU, or a smaller profile with --profile; training.max_length also lowers the need."
+        return Check("GPU", False, f"{_gpu_text(here.gpus)}; {need:.0f} GiB needed", fix)
+    return Check("GPU", True, _gpu_text(here.gpus))
+
+
+def _no_gpu_fix() -> str:
+    if shutil.which("nvidia-smi"):
+        return "There is an NVIDIA driver, but this torch can't use it: install torch for CUDA (pytorch.org, Get started)."
+    return "Take a machine with a GPU (Colab, Kaggle, rented), or the profile glm4-nano, which needs none."
+
+
+def _size_check(name: str, found: float, needed: float, fix: str) -> Check:
+    ok = found >= needed
+    return Check(name, ok, f"{found:.1f} GiB{' free' if name == 'disk' else ''}, {needed:.0f} needed", "" if ok else fix)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _course_folder() -> Path | None:
+    try:
+        return home()
+    except CourseError:
+        return None
+
+
+def _course_check() -> Check:
+    try:
+        folder = home()
+    except CourseError as error:
+        return Check("course folder", False, error.problem, error.fix)
+    outputs = folder / "outputs"
+    if not os.access(outputs if outputs.exists() else folder, os.W_OK):
+        return Check("course folder", False, f"{outputs} can't be written", "Make it writable, or clone elsewhere.")
+    return Check("course folder", True, str(folder))
+
+
+def _file_checks(profile: Profile) -> list[Check]:
+    """Whether the base model and the rows are there; no check where the course folder itself is missing."""
+    folder = _course_folder()
+    if folder is None:
+        return []
+    model = folder / profile.base_model
+    complete = (model / "config.json").is_file() and any(model.glob("*.safetensors"))
+    checks = [_file_check("base model", complete, profile.base_model, profile)]
+    for name, path in (("train rows", profile.train_data), ("test rows", profile.test_data)):
+        # A hub id such as owner/name is no file of the course, and there is none to look for.
+        if path is not None and path.startswith("data/"):
+            checks.append(_file_check(name, (folder / path).exists(), path, profile))
+    return checks
+
+
+def _file_check(name: str, present: bool, path: str, profile: Profile) -> Check:
+    if present:
+        return Check(name, True, path)
+    shipped = profile.hub_id is None or path.startswith("data/")
+    fix = (
+        f"It comes with the course: git checkout -- {path}"
+        if shipped
+        else f"python -m glm4_helpers download --profile {profile.name}"
+    )
+    return Check(name, False, f"{path} is missing or incomplete", fix)
+
+
+def _font_check() -> Check:
+    try:
+        from matplotlib import font_manager
+    except ImportError:
+        return Check("Chinese font", False, "matplotlib can't be imported", 'python -m pip install "matplotlib>=3.8"')
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    for family in CJK_FONTS:
+        if family in installed:
+            return Check("Chinese font", True, family)
+    if any((Path(__file__).parent / "fonts").glob("*.[ot]tf")):
+        return Check("Chinese font", True, "none installed; plots use the one that comes with the course")
+    fix = "Install one (Debian, Ubuntu: sudo apt install fonts-noto-cjk), then run this again."
+    return Check("Chinese font", False, "none that matplotlib knows", fix)
+
+
+# --- hardware -------------------------------------------------------------------------------------------------------
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """The GPUs that torch can use; empty without torch or without a GPU."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return ()
+    if torch.cuda.is_available():
+        return tuple(_cuda_gpu(index) for index in range(torch.cuda.device_count()))
+    if torch.backends.mps.is_available():
+        memory = torch.mps.recommended_max_memory() / GIB
+        return (Gpu(_cpu_name(), "mps", round(memory, 1), bfloat16=_macos_version() >= (14,)),)
+    return ()
+
+
+def _cuda_gpu(index: int) -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    # Capability 8.0 is Ampere, the first with bfloat16 in hardware; on ROCm the number means something else.
+    bfloat16 = bool(torch.version.hip) or (properties.major, properties.minor) >= (8, 0)
+    return Gpu(properties.name, "cuda", round(properties.total_memory / GIB, 1), bfloat16)
+
+
+def _macos_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _cpu_features() -> tuple[str, ...]:
+    """Those of ``_CPU_FEATURES`` that this CPU has; empty where the system doesn't tell (Windows)."""
+    if sys.platform == "darwin":
+        present = {
+            name
+            for name, key in (("asimd", "hw.optional.AdvSIMD"), ("bf16", "hw.optional.arm.FEAT_BF16"),
+                              ("avx2", "hw.optional.avx2_0"), ("avx512f", "hw.optional.avx512f"))
+            if _output_of("sysctl", "-n", key) == "1"
+        }  # fmt: skip
+    else:
+        present = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return tuple(name for name in _CPU_FEATURES if name in present)
+
+
+def _features_text(here: Machine) -> str:
+    return " ".join(here.cpu_features) or "features unknown"
+
+
+def _cpuinfo(key: str) -> str:
+    """The first value of ``key`` in /proc/cpuinfo, or an empty string."""
+    for line in _text("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _cores() -> int:
+    """Cores that this process may use: affinity and a container's share count."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    if quota.isdigit() and period.isdigit():
+        return max(1, min(available, math.ceil(int(quota) / int(period))))
+    return available
+
+
+def _container_memory_limit() -> int | None:
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    return int(limit) if limit.isdigit() else None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _gpu_text(gpus: tuple[Gpu, ...]) -> str:
+    return ", ".join(f"{gpu.name} ({gpu.memory_gib:.0f} GiB)" for gpu in gpus)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
