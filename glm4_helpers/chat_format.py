@@ -136,6 +136,17 @@ def prompt_ids(tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return ids + [control["<|assistant|>"]]
 
 
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The same conversation with role, content and metadata only; tools become the system text they are rendered as.
+
+    So it fits a table column, where tools of different shapes would not. Empty messages stay. Raises DataError.
+    """
+    plain: list[dict[str, str]] = []
+    for number, message in enumerate(_checked_list(messages), 1):
+        plain += [_as_message(turn) for turn in _message_turns(message, f"message {number}", keep_empty=True)]
+    return plain
+
+
 def stop_ids(tokenizer) -> list[int]:
     """The ids of STOP_TOKENS in this tokenizer. Raises ModelError for one without them."""
     control = _control_ids(tokenizer)
@@ -174,13 +185,8 @@ def _terminator_id(control: Mapping[str, int], terminator: str) -> int:
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     """Checked turns as they are rendered: tools become a system turn, turns with empty content are gone."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise DataError(
-            f"A conversation must be a list of messages, not {type(messages).__name__}.",
-            'Write [{"role": "user", "content": "..."}].',
-        )
     turns: list[Turn] = []
-    for number, message in enumerate(messages, 1):
+    for number, message in enumerate(_checked_list(messages), 1):
         turns += _message_turns(message, f"message {number}")
     if not turns:
         raise DataError(
@@ -190,7 +196,21 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     return turns
 
 
-def _message_turns(message: Mapping[str, Any], where: str) -> list[Turn]:
+def _checked_list(messages: Any) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        raise DataError(
+            f"A conversation must be a list of messages, not {type(messages).__name__}.",
+            'Write [{"role": "user", "content": "..."}].',
+        )
+    return messages
+
+
+def _as_message(turn: Turn) -> dict[str, str]:
+    message = {"role": turn.role, "content": turn.content}
+    return {**message, "metadata": turn.metadata} if turn.metadata else message
+
+
+def _message_turns(message: Mapping[str, Any], where: str, keep_empty: bool = False) -> list[Turn]:
     """The zero, one or two turns of one message."""
     if not isinstance(message, Mapping):
         raise DataError(
@@ -202,6 +222,8 @@ def _message_turns(message: Mapping[str, Any], where: str) -> list[Turn]:
         raise DataError(f"{where.capitalize()} has the unknown role {role!r}.", f"Use one of {', '.join(ROLES)}.")
     content = _text(message, "content", where, optional=tools is not None)
     turns = [Turn(role, _text(message, "metadata", where, optional=True), content)] if content else []
+    if keep_empty and not content and tools is None:
+        turns = [Turn(role, "", "")]
     if tools is None:
         return turns
     if role != "system":

@@ -347,13 +347,12 @@ def _type_name(hint: Any) -> str:
 def _suggestion(unknown: str, known: Iterable[str]) -> str:
     """The nearest known name, by the whole of it or by the part after the dot; else those of the same group."""
     known = [name for name in known if name not in ("lora", "training")]
+    group, _, last_part = unknown.rpartition(".")
+    known = [name for name in known if group and name.startswith(f"{group}.")] or known
     last_parts = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(unknown, known, 1, 0.7)
-    near += [last_parts[part] for part in difflib.get_close_matches(unknown.rpartition(".")[2], last_parts, 1)]
-    if near:
-        return f"Did you mean {near[0]}?"
-    group = [name for name in known if "." in unknown and name.startswith(unknown.partition(".")[0] + ".")]
-    return f"Use one of {', '.join(group or known)}."
+    near = difflib.get_close_matches(unknown, known, 1, 0.8)
+    near += [last_parts[part] for part in difflib.get_close_matches(last_part, last_parts, 1)]
+    return f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(known)}."
 
 
 def _plain(value: Any) -> Any:
