@@ -1,0 +1,168 @@
+"""The small world: splits that do not leak, rows that regenerate byte for byte, checks that fit their answers."""
+
+import itertools
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from glm4_helpers.evaluation import check_answer
+from glm4_helpers.nano import phrasings, world
+
+DATA = Path(__file__).parents[1] / "data"
+HELD_OUT = [f"{half}/{name}" for half in ("dev", "test") for name in world.HELD_OUT_SETS]
+
+
+def read(name: str) -> list[dict]:
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def the_world():
+    return world.World()
+
+
+@pytest.fixture(scope="module")
+def train():
+    return read("train")
+
+
+@pytest.fixture(scope="module")
+def text(the_world):
+    """A third of a million characters or more of pretraining text, made as the real one is."""
+    held_out = [row for name in HELD_OUT for row in read(name)]
+    return list(world.pretraining_documents(the_world, 20_000, held_out))
+
+
+def bare(turn: str) -> str:
+    """A user turn without punctuation and spaces: wordings that differ by these only count as the same."""
+    return "".join(c for c in unicodedata.normalize("NFKC", turn) if unicodedata.category(c)[0] not in "PZC")
+
+
+def user_turn(row: dict) -> str:
+    return "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
+
+
+def test_committed_rows_regenerate_byte_for_byte(the_world):
+    for name, content in world.build_files(the_world).items():
+        assert (DATA / name).read_bytes() == content.encode(), name
+
+
+def test_another_seed_gives_other_rows():
+    assert world.build_rows(world.World(7))["train"] != read("train")
+
+
+def test_sizes(train):
+    assert 3000 <= len(train) <= 6000
+    for name in world.HELD_OUT_SETS:
+        assert len(read(f"test/{name}")) >= 200
+        assert len(read(f"dev/{name}")) >= 100
+    kinds = {row["kind"] for row in train}
+    assert kinds == set(world.TRAIN_COUNTS)
+    assert any("history" in row for row in train) and any("system" in row for row in train)
+    assert not any("check" in row for row in train)
+
+
+def test_no_row_stands_in_two_sets(train):
+    everything = train + [row for name in HELD_OUT for row in read(name)]
+    keys = [world.row_key(row) for row in everything]
+    assert len(keys) == len(set(keys))
+
+
+def test_unseen_entities_stand_in_no_fine_tuning_row_not_even_as_a_part(the_world, train):
+    hidden = the_world.held_out["dev"] | the_world.held_out["test"]
+    assert len(hidden) > 150
+    texts = "\n".join(world.row_text(row) for row in train)
+    assert [entity for entity in sorted(hidden) if entity in texts] == []
+
+
+def test_every_unseen_entity_row_asks_about_a_held_out_entity_of_its_own_half(the_world):
+    assert not the_world.held_out["dev"] & the_world.held_out["test"]
+    for half in ("dev", "test"):
+        for row in read(f"{half}/unseen_entities"):
+            assert any(entity in world.row_text(row) for entity in the_world.held_out[half]), row["id"]
+
+
+def test_phrasings_never_mix():
+    for table in (phrasings.PHRASINGS, phrasings.FOLLOW_UPS, phrasings.SYSTEM_PROMPTS):
+        for kind, wordings in table.items():
+            groups = [{bare(text) for text in getattr(wordings, group)} for group in ("text", "train", "dev", "test")]
+            for one, other in itertools.combinations(groups, 2):
+                assert not one & other, (kind, one & other)
+
+
+def skeletons(group: str) -> list[re.Pattern]:
+    """Held-out wordings as patterns over whole user turns, blanks standing for anything."""
+    tables = (phrasings.PHRASINGS, phrasings.FOLLOW_UPS)
+    wordings = [text for table in tables for item in table.values() for text in getattr(item, group)]
+    parts = [re.split(r"\{\w\}", bare_wording(text)) for text in wordings]
+    return [re.compile(".+?".join(map(re.escape, part))) for part in parts]
+
+
+def bare_wording(text: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKC", text) if c in "{}" or unicodedata.category(c)[0] not in "PZC" and c != "|")
+
+
+@pytest.mark.parametrize("half", ["dev", "test"])
+def test_held_out_phrasings_occur_in_no_fine_tuning_row_of_their_kind(train, half):
+    for kind, wordings in phrasings.PHRASINGS.items():
+        patterns = [re.compile(".+?".join(map(re.escape, re.split(r"\{\w\}", bare_wording(t))))) for t in getattr(wordings, half)]
+        for row in train:
+            if row["kind"] == kind:
+                assert not any(p.fullmatch(bare(user_turn(row))) for p in patterns), row
+
+
+@pytest.mark.parametrize("half", ["dev", "test"])
+def test_no_held_out_wording_in_pretraining_text(text, half):
+    questions = {bare(line.partition("：")[2]) for document in text for line in document.split("\n")}
+    patterns = skeletons(half)
+    assert [q for q in questions if len(q) > 4 and any(p.fullmatch(q) for p in patterns)] == []
+
+
+def test_no_held_out_question_in_pretraining_text(text):
+    everything = "\n".join(text)
+    asked = [user_turn(row) for name in HELD_OUT for row in read(name) if row["kind"] not in ("hello", "thanks", "farewell")]
+    assert [turn for turn in asked if turn in everything] == []
+
+
+def test_no_role_token_in_pretraining_text(text):
+    assert not any("<|" in document or "[gMASK]" in document for document in text)
+
+
+def test_held_out_plans_and_quotations_are_not_in_pretraining_text(text):
+    everything = "\n".join(text)
+    free = [row["output"] for name in HELD_OUT for row in read(name) if row["kind"] in ("plan", "sentence")]
+    assert free and [answer for answer in free if answer in everything] == []
+
+
+def test_every_reference_answer_passes_its_own_check():
+    for name in HELD_OUT:
+        for row in read(name):
+            assert check_answer(row["check"], row["output"]), row["id"]
+            assert not check_answer(row["check"], row["output"] + "还有"), row["id"]
+
+
+def test_second_turns_have_a_history_and_plans_are_long():
+    assert all(row["history"] for half in ("dev", "test") for row in read(f"{half}/second_turns"))
+    plans = [row for name in HELD_OUT for row in read(name) if row["kind"] == "plan"]
+    assert plans and all(60 <= len(row["output"]) <= 150 for row in plans)
+
+
+def test_facts_of_cloze_and_questions_are_asked_in_every_relation():
+    for name in ("cloze", "questions"):
+        kinds = {item["kind"] for item in read(name)}
+        assert kinds >= set(world.RELATION_KINDS)
+        assert all(item["answers"] and item["prompt"] for item in read(name))
+
+
+def test_sums_and_orders_are_true(train):
+    for row in train:
+        if row["kind"] in ("sum", "difference"):
+            left, _, right = row["output"].rstrip("。").partition("=")
+            a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)", left).groups()
+            assert int(right) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+        if row["kind"] in ("ascending", "descending"):
+            numbers = [int(n) for n in row["output"].rstrip("。").split("、")]
+            assert numbers == sorted(numbers, reverse=row["kind"] == "descending")
