@@ -5,6 +5,8 @@ Showing them without a traceback in notebooks lives here too; the command line d
 
 from __future__ import annotations
 
+import sys
+
 
 class CourseError(Exception):
     """A problem with a known fix. ``str()`` gives the problem, then a line that starts with "Fix: "."""
@@ -52,6 +54,8 @@ def show_errors_plainly() -> bool:
 
 def _print_plainly(shell, kind, error, traceback, tb_offset=None):
     """IPython's handler signature; the returned list is the error output that a kernel sends to the notebook."""
+    # IPython leaves these to the handler, and %tb reads them.
+    sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback
     lines = [f"{kind.__name__}: {error.problem}", f"Fix: {error.fix}"]
     shell._showtraceback(kind, error, lines)
     return lines
