@@ -1,0 +1,108 @@
+"""The subcommands, one module each: ``add_arguments(parser)`` and ``run(arguments) -> int``.
+
+The modules are light; what they call is imported in ``run``. Options that several of them share live here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingError
+from ..profiles import Profile, get_profile, profile_names, settings_from_yaml
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """``--profile NAME``. Unknown names are left to ``get_profile``, which suggests the nearest."""
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help=f"one of {', '.join(profile_names())} (default: the variable GLM4_PROFILE, else glm4-nano)",
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """``--profile``, ``--config`` and ``--set``: all that changes a profile."""
+    add_profile(parser)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; `profile: NAME` in it is the profile")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting of the profile, such as training.epochs=1 or lora.r=16; may be repeated",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``: then standard output holds JSON only, and everything else goes to standard error."""
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, and nothing else, to stdout")
+
+
+def chosen_profile(arguments: argparse.Namespace, **overrides: Any) -> Profile:
+    """The profile of the command line. Later ones win: --config, --set, then ``overrides`` (those not None)."""
+    config = getattr(arguments, "config", None)
+    settings = settings_from_yaml(config) if config else {}
+    name = settings.pop("name", None)
+    for pair in getattr(arguments, "settings", []):
+        key, value = parse_setting(pair)
+        settings[key] = value
+    settings.update({key: value for key, value in overrides.items() if value is not None})
+    return get_profile(arguments.profile or name, **settings)
+
+
+def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
+    """The folder of ``--adapter``, else the one where ``train`` puts this profile's adapter."""
+    if arguments.adapter is not None:
+        return arguments.adapter
+    from ..training import default_adapter_dir
+
+    return default_adapter_dir(profile)
+
+
+def parse_setting(pair: str) -> tuple[str, Any]:
+    """KEY=VALUE as key and value: numbers, true, false, null and [a, b] as in YAML, anything else as text."""
+    import yaml
+
+    key, separator, text = pair.partition("=")
+    if not separator or not key.strip():
+        raise SettingError(f"--set {pair!r} is not KEY=VALUE.", "Write it as in --set training.epochs=1.")
+    for number in (int, float):
+        try:
+            return key.strip(), number(text)
+        except ValueError:
+            continue
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError:
+        return key.strip(), text
+
+
+def show(arguments: argparse.Namespace, figures: Any, text: str) -> None:
+    """Print ``figures`` as JSON where --json was given, else ``text``."""
+    if arguments.json:
+        print(json.dumps(figures, ensure_ascii=False, indent=2), file=arguments.figures_to)
+    else:
+        print(text)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' notes and warnings off the terminal; errors still show. Settings of the user win."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)

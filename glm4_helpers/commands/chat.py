@@ -1,0 +1,48 @@
+"""``chat``: the options; the conversation itself is in terminal_chat.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import adapter_folder, add_settings, chosen_profile
+
+HELP = "talk to the base model and the fine-tuned one in the terminal"
+EXAMPLES = """\
+examples:
+  python -m glm4_helpers chat
+  python -m glm4_helpers chat --base
+  python -m glm4_helpers chat --temperature 0.6 --system 请用一句话回答。
+  echo 你好 | python -m glm4_helpers chat
+
+Ctrl-C stops an answer. /help lists the commands inside the chat."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--adapter", type=Path, metavar="FOLDER", help="the adapter (default: the one that train made)")
+    which.add_argument("--base", action="store_true", help="the base model alone, without an adapter")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
+    parser.add_argument("--top-p", type=float, default=0.8, metavar="P", help="used with a temperature (default: 0.8)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 (the default) is none")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampled answers repeatable")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: the profile's)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    profile = chosen_profile(arguments)
+    from ..terminal_chat import run_chat
+
+    adapter = None if arguments.base else adapter_folder(arguments, profile)
+    return run_chat(
+        profile,
+        adapter,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        repetition_penalty=arguments.repetition_penalty,
+        max_new_tokens=arguments.max_new_tokens,
+        system=arguments.system,
+        seed=arguments.seed,
+    )

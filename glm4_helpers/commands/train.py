@@ -1,0 +1,62 @@
+"""``train``: fine-tune the profile's base model, or load what is already trained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import add_json, add_settings, chosen_profile, show
+
+HELP = "fine-tune the base model and keep the adapter"
+EXAMPLES = """\
+examples:
+  python -m glm4_helpers train                              glm4-nano, some minutes on a CPU
+  python -m glm4_helpers train                              again: goes on, or says that it is done
+  python -m glm4_helpers train --force                      from the start, whatever is there
+  python -m glm4_helpers train --set training.epochs=1 --set lora.r=16 --output outputs/short
+  python -m glm4_helpers train --config configs/my.yaml --tracking cloud"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the adapter goes (default: in outputs/)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as --set training.seed=N")
+    parser.add_argument("--force", action="store_true", help="train again, even if a finished adapter is there")
+    parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
+    parser.add_argument(
+        "--tracking",
+        choices=("offline", "local", "cloud", "disabled"),
+        default="offline",
+        help="where SwanLab keeps the run (default: offline, which needs no account and no network)",
+    )
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    profile = chosen_profile(arguments, **{"training.seed": arguments.seed})
+    from ..training import train_or_load
+
+    result = train_or_load(
+        profile,
+        force=arguments.force,
+        output_dir=arguments.output,
+        resume=not arguments.no_resume,
+        tracking_mode=arguments.tracking,
+    )
+    show(arguments, figures(result), summary(result))
+    return 0
+
+
+def figures(result) -> dict:
+    """What --json prints of a TrainingResult."""
+    return {
+        "adapter_dir": str(result.adapter_dir),
+        "seconds": result.seconds,
+        "final_loss": result.final_loss,
+        "log_history": result.log_history,
+    }
+
+
+def summary(result) -> str:
+    """One or two lines for the terminal."""
+    return f"Adapter in {result.adapter_dir}: final loss {result.final_loss:.4f}, trained in {result.seconds:.0f} s."
