@@ -5,7 +5,7 @@ What an answer is worth is judged in evaluation; the chat on the command line an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -100,9 +100,10 @@ def stream(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop_event: Event | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, Answer]:
     """The pieces of one answer as they are written; joined they are the text that `answers` gives.
 
+    The generator's return value is the Answer: the one that `answers` gives, or what there was when it was stopped.
     The model runs in a thread of its own. Setting `stop_event`, from any thread, ends the answer at the next token;
     so does closing the iterator. The thread is over when the iterator is, and its errors are raised here. Settings
     and messages are checked at the call, before the first piece is asked for.
@@ -326,7 +327,7 @@ def _stream(
     settings: tuple[int, float, float, float],
     seed: int | None,
     stop_event: Event | None,
-) -> Iterator[str]:
+) -> Generator[str, None, Answer]:
     queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
     closed = Event()
     asked = _StopWhenAsked(closed, stop_event or closed)
@@ -343,25 +344,35 @@ def _stream(
     thread = Thread(target=work, name="answer", daemon=True)
     thread.start()
     try:
-        yield from _texts(tokenizer, queue)
+        return (yield from _texts(tokenizer, queue))
     finally:
         closed.set()
         thread.join()
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, queue: SimpleQueue[int | BaseException | None]) -> Iterator[str]:
-    """Pieces of text from the queue of ids until its end (None), without the leading newline and stop ids."""
-    pieces, stops, first = _Pieces(tokenizer), stop_ids(tokenizer), True
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, queue: SimpleQueue[int | BaseException | None]
+) -> Generator[str, None, Answer]:
+    """Pieces of text from the queue of ids until its end (None), without the leading newline and the stop id."""
+    pieces, stops = _Pieces(tokenizer), stop_ids(tokenizer)
+    text, count, stopped = "", 0, False
     while (item := queue.get()) is not None:
         if isinstance(item, BaseException):
             raise item
-        piece = "" if item in stops else pieces.add(item)
-        if piece:
-            piece, first = (piece.removeprefix("\n") if first else piece), False
-        if piece:
-            yield piece
-    if rest := pieces.rest():
-        yield rest.removeprefix("\n") if first else rest
+        stopped = item in stops
+        count += not stopped
+        piece = pieces.rest() if stopped else pieces.add(item)
+        if shown := _without_newline(piece, text):
+            yield shown
+        text += piece
+    if shown := _without_newline(rest := pieces.rest(), text):
+        yield shown
+    return Answer((text + rest).removeprefix("\n"), stopped, count)
+
+
+def _without_newline(piece: str, before: str) -> str:
+    """The piece, without the newline that the format puts in front of an answer when it is the first one."""
+    return piece if before else piece.removeprefix("\n")
 
 
 # Histories

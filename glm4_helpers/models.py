@@ -40,6 +40,7 @@ from .profiles import Profile
 
 FACTS_FILE = "base_model_facts.json"
 PARTS = ("embeddings", "attention", "mlp", "norms", "lm_head", "adapter", "other")
+_TRAIN_FIX = "Train it with `python -m glm4_helpers train`, or name the folder of a finished adapter."
 
 
 # Loading
@@ -56,7 +57,7 @@ def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     Raises ModelError where its files are absent or lack GLM-4's special tokens.
     """
     folder = base_folder(profile)
-    _require_files(folder, ("tokenizer.json", "tokenizer_config.json"), profile)
+    _require_json(folder, ("tokenizer.json", "tokenizer_config.json"), profile)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
     chat_format.stop_ids(tokenizer)
     tokenizer.pad_token = chat_format.STOP_TOKENS[0]
@@ -79,6 +80,7 @@ def load_base_model(
         options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True, **options)
     set_stop_ids(model, load_tokenizer(profile))
+    model.generation_config.max_length = None  # chat models ship one, and transformers warns at every answer
     return model.eval() if profile.quantization is not None else model.to(device).eval()
 
 
@@ -127,8 +129,12 @@ def faster_dtype() -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    features = torch.cpu.get_capabilities()
-    return any(features.get(name) for name in ("amx_bf16", "amx_tile", "avx512_bf16", "sve_bf16", "bf16"))
+    """Whether the CPU multiplies bfloat16 in hardware (AMX, AVX-512 or ARM), as torch or the kernel names it."""
+    known = {"amx_bf16", "avx512_bf16", "sve_bf16", "svebf16", "bf16"}
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.6, the oldest allowed, has no such function
+        return any(found for name, found in torch.cpu.get_capabilities().items() if name in known)
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and not known.isdisjoint(flags.read_text(encoding="utf-8").split())
 
 
 def _step_seconds(dtype: torch.dtype) -> float:
@@ -169,7 +175,7 @@ def _quantization(profile: Profile) -> BitsAndBytesConfig:
 
 def check_weights(folder: Path, profile: Profile) -> None:
     """Raise ModelError, naming the first file at fault, unless config and all weights are there and whole."""
-    _require_files(folder, ("config.json",), profile)
+    _require_json(folder, ("config.json",), profile)
     for file in weight_files(folder, profile):
         problem = _damage(file)
         if problem:
@@ -182,7 +188,9 @@ def weight_files(folder: Path, profile: Profile) -> list[Path]:
     if not index.exists():
         _require_files(folder, ("model.safetensors",), profile)
         return [folder / "model.safetensors"]
-    names = sorted(set(_read_json(index)["weight_map"].values()))
+    names = sorted(set(_read_json(index, _weights_fix(profile)).get("weight_map", {}).values()))
+    if not names:
+        raise ModelError(f"{index} names no files.", _weights_fix(profile))
     _require_files(folder, names, profile)
     return [folder / name for name in names]
 
@@ -194,7 +202,7 @@ def base_fingerprint(folder: Path) -> str:
     stop ids) stay out. Raises OSError for a folder without a model.
     """
     digest = hashlib.sha256()
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json", "Get the file again.")
     volatile = ("transformers_version", "_name_or_path", "eos_token_id", "pad_token_id", "use_cache", "dtype")
     kept = {key: value for key, value in config.items() if key not in (*volatile, "torch_dtype")}
     digest.update(json.dumps(kept, sort_keys=True).encode())
@@ -242,17 +250,26 @@ def _require_files(folder: Path, names: Iterable[str], profile: Profile) -> None
             raise ModelError(f"The model of {profile.name} is incomplete: no {folder / name}.", _weights_fix(profile))
 
 
+def _require_json(folder: Path, names: Iterable[str], profile: Profile) -> None:
+    _require_files(folder, names, profile)
+    for name in names:
+        _read_json(folder / name, _weights_fix(profile))
+
+
 def _weights_fix(profile: Profile) -> str:
     if profile.hub_id is None:
         return f"Run: git checkout -- {profile.base_model}   (it ships with the repository)"
     return f"Run: python -m glm4_helpers download --profile {profile.name}   (complete files are kept)"
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path, fix: str) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}.", "Delete the file and get it again.") from error
+        raise ModelError(f"{file} is not JSON: {error}.", fix) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no settings but {type(content).__name__}.", fix)
+    return content
 
 
 # Adapters
@@ -274,7 +291,7 @@ def save_adapter_facts(adapter_dir: Path, profile: Profile) -> dict[str, Any]:
 def read_adapter_facts(adapter_dir: Path) -> dict[str, Any] | None:
     """What `save_adapter_facts` wrote, or None for an adapter that came without."""
     file = Path(adapter_dir) / FACTS_FILE
-    return _read_json(file) if file.exists() else None
+    return _read_json(file, _TRAIN_FIX) if file.exists() else None
 
 
 def load_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profile) -> PeftModel:
@@ -282,6 +299,8 @@ def load_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profil
 
     Raises ModelError; the base model is then left as it was.
     """
+    if isinstance(base_model, PeftModel):
+        raise ModelError("This model already carries an adapter.", "Take it off first: base_model = model.unload().")
     check_adapter(base_model, adapter_dir, profile)
     model = PeftModel.from_pretrained(base_model, adapter_dir, is_trainable=False)
     return model.eval()
@@ -359,14 +378,11 @@ def _read_adapter_config(adapter_dir: Path) -> PeftConfig:
     problem = _damage(adapter_dir / "adapter_model.safetensors")
     if problem:
         raise ModelError(f"{adapter_dir / 'adapter_model.safetensors'} {problem}.", _TRAIN_FIX)
-    _read_json(adapter_dir / "adapter_config.json")
+    _read_json(adapter_dir / "adapter_config.json", _TRAIN_FIX)
     config = PeftConfig.from_pretrained(adapter_dir)
     if getattr(config, "target_modules", None) is None or not hasattr(config, "r"):
         raise ModelError(f"The adapter in {adapter_dir} is not a LoRA adapter.", _TRAIN_FIX)
     return config
-
-
-_TRAIN_FIX = "Train it with `python -m glm4_helpers train`, or name the folder of a finished adapter."
 
 
 def _check_facts(adapter_dir: Path, profile: Profile) -> None:
