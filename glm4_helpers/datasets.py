@@ -105,7 +105,7 @@ def split(dataset: Dataset, dev_fraction: float, seed: int) -> tuple[Dataset, Da
     dev = dataset.select([index for index, out in enumerate(held_out) if out])
     if len(train) == 0 or (dev_fraction > 0 and len(dev) == 0):
         raise DataError(
-            f"Holding out {dev_fraction:.1%} of {len(dataset)} rows gives {len(train)} to train on, {len(dev)} held out.",
+            f"Holding out {dev_fraction:.1%} of {len(dataset)} rows gives {len(train)} to train on, {len(dev)} for dev.",
             "Use more rows or another dev_fraction.",
         )
     return train, dev

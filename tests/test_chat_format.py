@@ -144,10 +144,14 @@ def test_a_prompt_is_the_start_of_its_row(nano_tokenizer, seed):
 def test_template_gives_the_ids_and_the_mask_of_encode(nano_tokenizer, messages):
     row = encode(nano_tokenizer, messages)
     other = nano_tokenizer.apply_chat_template(
-        messages, chat_template=CHAT_TEMPLATE, return_assistant_tokens_mask=True, return_dict=True
+        messages, return_assistant_tokens_mask=True, return_dict=True
     )
     assert other["input_ids"] == row["input_ids"]
     assert other["assistant_masks"] == [int(label != IGNORE) for label in row["labels"]]
+
+
+def test_the_tokenizer_carries_our_template(nano_tokenizer):
+    assert nano_tokenizer.chat_template.strip() == CHAT_TEMPLATE.strip()
 
 
 def test_special_tokens_are_those_of_glm4_in_order():
@@ -185,7 +189,7 @@ def test_nulls_of_a_table_column_are_like_absent_keys():
         ([user(None)], "Message 1 (user) has no content"),
         ([{**user("一"), "metadata": 3}], "The metadata of message 1 (user) is not text but int"),
         ([{**user("一"), "tools": []}], "Message 1 (user) carries tools"),
-        ([{"role": "system", "content": "", "tools": [{"type": "python"}]}], "Message 1 has a tool that is not a named"),
+        ([{"role": "system", "content": "", "tools": [{"type": "python"}]}], "Message 1 has a tool that is not"),
     ],
 )
 def test_bad_messages_are_named_with_a_fix(messages, problem, nano_tokenizer):

@@ -65,8 +65,8 @@ def test_instruction_and_input_are_joined_by_a_blank_line(instruction, extra, qu
 
 
 def test_sharegpt_roles_and_system_column():
-    row = {"system": "规则", "conversations": [{"from": sender, "value": sender} for sender in ("user", "assistant", "tool")]}
-    roles = [message["role"] for message in data.to_messages(row)]
+    turns = [{"from": sender, "value": sender} for sender in ("user", "assistant", "tool")]
+    roles = [message["role"] for message in data.to_messages({"system": "规则", "conversations": turns})]
     assert roles == ["system", "user", "assistant", "observation"]
 
 
@@ -129,7 +129,7 @@ BAD_FILES = {
     "no turns": ([{"conversations": []}], "row 1: the conversation has no question"),
     "assistant first": ([{"messages": MESSAGES[1:]}], "row 1: the conversation begins with the assistant's turn"),
     "unknown role": ([{"messages": [{"role": "bot", "content": "a"}]}], "row 1: message 1 has the unknown role 'bot'"),
-    "content a number": ([{"messages": [{"role": "user", "content": 1}]}], "row 1: the content of message 1 .* not text"),
+    "content a number": ([{"messages": [{"role": "user", "content": 1}]}], "row 1: the content of message 1 .* not"),
     "mixed formats": ([ALPACA, SHAREGPT], "row 2 is ShareGPT, but .*row 1 is Alpaca"),
     "mixed in a row": ([{**ALPACA, **SHAREGPT}], "row 1: the row mixes the formats Alpaca and ShareGPT"),
 }
@@ -221,9 +221,10 @@ def test_ledger_counts_what_training_would_meet(write, nano_tokenizer):
     assert (ledger["rows"], ledger["duplicates"]) == (6, 1)
     assert (ledger["empty_answers"], ledger["empty_questions"]) == (1, 1)
     assert ledger["longest"] == len(encode(nano_tokenizer, dataset[4]["messages"])["input_ids"])
-    by_length = {each["max_length"]: (each["fit"], each["lose_end"], each["lose_answer"]) for each in ledger["by_max_length"]}
-    assert by_length[100] == (4, 0, 0)
-    assert by_length[20] == (2, 1, 1)
+    assert ledger["by_max_length"][1:] == [
+        {"max_length": 20, "fit": 2, "lose_end": 1, "lose_answer": 1},
+        {"max_length": 100, "fit": 4, "lose_end": 0, "lose_answer": 0},
+    ]
     assert json.loads(json.dumps(ledger)) == ledger
 
 
@@ -307,7 +308,7 @@ def test_split_edges(write):
     for fraction in (1.0, -0.1):
         with pytest.raises(SettingError, match="dev_fraction"):
             data.split(dataset, fraction, 1)
-    with pytest.raises(DataError, match="gives 1 to train on, 0 held out"):
+    with pytest.raises(DataError, match="gives 1 to train on, 0 for dev"):
         data.split(dataset.select([0]), 1e-9, 1)
 
 
