@@ -1,0 +1,310 @@
+"""The chat through a real terminal (pexpect) and over a pipe, with a small random model that never stops talking."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from glm4_helpers import models
+from glm4_helpers.datasets import load_messages
+from glm4_helpers.profiles import get_profile
+from glm4_helpers.terminal_chat import Chat, ChatSettings
+from peft import LoraConfig, get_peft_model
+from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
+
+pexpect = pytest.importorskip("pexpect", reason="pexpect drives Unix terminals only")
+
+CHARACTERS = "你好苹果香蕉西瓜天地人中国北京"
+START = """
+import sys, logging
+from glm4_helpers.profiles import get_profile
+from glm4_helpers.terminal_chat import run_chat
+run_chat(get_profile("glm4-nano", base_model="weights/tiny"), dtype="float32", **eval(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """A course folder with a base model that writes on and on, an adapter for it and a later checkpoint."""
+    folder = tmp_path_factory.mktemp("course")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM4_HOME", str(folder))
+        tokenizer = tiny_tokenizer()
+        save_model(folder / "weights/tiny", write_only(tiny_glm(tokenizer, seed=3), tokenizer, CHARACTERS), tokenizer)
+        for name, seed in (("adapter", 1), ("checkpoint-20", 2)):
+            write_adapter(folder / "outputs/run" / name, seed)
+    return folder
+
+
+def write_adapter(folder, seed):
+    import torch
+
+    profile = get_profile("glm4-nano", base_model="weights/tiny")
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=list(profile.lora.target_modules), init_lora_weights=False)
+    get_peft_model(models.load_base_model(profile, "float32"), config).save_pretrained(folder)
+    models.save_adapter_facts(folder, profile)
+
+
+def environment(course):
+    # Without an answer to its question where the cursor is, prompt_toolkit would wait: pexpect is no full terminal.
+    terminal = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **terminal, "GLM4_HOME": str(course), "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+@pytest.fixture
+def terminal(course):
+    """Start a chat in a terminal; afterwards it must leave by itself."""
+    started = []
+
+    def start(**settings):
+        command = ["-c", START, repr(settings)]
+        child = pexpect.spawn(
+            sys.executable, command, env=environment(course), cwd=course, encoding="utf-8", timeout=30, dimensions=(40, 200)
+        )
+        started.append(child)
+        child.expect("help lists the commands")
+        prompt(child)
+        return child
+
+    yield start
+    for child in started:
+        child.close(force=True)
+
+
+def prompt(child):
+    child.expect("you:")
+    time.sleep(0.2)  # prompt_toolkit goes on drawing and sets up its keys after the prompt's text
+
+
+def leave(child):
+    child.sendline("/exit")
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 0
+
+
+def plain(text):
+    """Text without terminal control sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text)
+
+
+def last_answer(child, name="glm4-nano"):
+    child.expect(rf"{re.escape(name)}: ")
+    child.expect(r"\r\n")
+    return plain(child.before)
+
+
+def piped(course, lines, *, timeout=120, **settings):
+    command = [sys.executable, "-c", START, repr(settings)]
+    return subprocess.run(
+        command, input=lines, env=environment(course), cwd=course, capture_output=True, text=True, encoding="utf-8",
+        timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+# In a terminal
+
+
+def test_an_answer_is_seen_growing_and_ctrl_c_stops_it_but_not_the_chat(terminal, course):
+    child = terminal(max_new_tokens=3000)
+    child.sendline("你好")
+    child.expect("glm4-nano: ")
+    sizes = [len(child.read_nonblocking(100_000, timeout=20)) for _ in range(5)]
+    assert all(0 < size < 1000 for size in sizes)
+    child.sendintr()
+    asked = time.monotonic()
+    child.expect(r"\(stopped\)")
+    assert time.monotonic() - asked < 3
+    prompt(child)
+    child.sendline("/save stopped.json")
+    child.expect("saved 2 messages")
+    prompt(child)
+    leave(child)
+    question, answer = json.loads((course / "stopped.json").read_text(encoding="utf-8"))[0]["messages"]
+    assert question == {"role": "user", "content": "你好"}
+    assert answer["ended_by"] == "Ctrl-C"
+    assert 0 < len(answer["content"]) < 3000
+
+
+def test_chinese_is_edited_with_arrows_and_backspace(terminal, course):
+    child = terminal(max_new_tokens=5)
+    left, right = "\x1b[D", "\x1b[C"
+    child.send("苹好果")
+    child.send(left + "\x7f")  # 苹|果: the wide character before the cursor goes
+    child.send(right + "三" + left + left + "你")  # 苹你果三
+    time.sleep(0.5)
+    child.send("\r")
+    last_answer(child)
+    prompt(child)
+    child.sendline("/save edited.json")
+    child.expect("saved 2 messages")
+    prompt(child)
+    leave(child)
+    assert json.loads((course / "edited.json").read_text(encoding="utf-8"))[0]["messages"][0]["content"] == "苹你果三"
+
+
+def test_the_adapter_is_switched_and_checkpoints_change_answers(terminal, course):
+    child = terminal(max_new_tokens=12, adapter_dir=str(course / "outputs/run/adapter"))
+
+    def ask(name="glm4-nano"):
+        child.sendline("天地人")
+        answer = last_answer(child, name)
+        prompt(child)
+        child.sendline("/reset")
+        prompt(child)
+        return answer
+
+    on = ask()
+    child.sendline("/adapter off")
+    child.expect("adapter .* off")
+    prompt(child)
+    off = ask("glm4-nano (adapter off)")
+    child.sendline("/adapter on")
+    prompt(child)
+    assert ask() == on != off
+    child.sendline("/checkpoint")
+    child.expect("adapter .*checkpoint-20 ")
+    prompt(child)
+    child.sendline("/checkpoint checkpoint-20")
+    child.expect("checkpoint-20 on")
+    prompt(child)
+    assert ask() not in (on, off)
+    leave(child)
+
+
+def test_ctrl_c_at_the_prompt_stays_and_ctrl_d_leaves(terminal):
+    child = terminal()
+    child.send("你好")
+    child.sendintr()
+    child.expect("Ctrl-D leaves")
+    prompt(child)
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 0
+
+
+def test_errors_are_shown_in_place_and_the_chat_goes_on(terminal):
+    child = terminal(max_new_tokens=5)
+    for line, word in (
+        ("/rset", "Try /reset"),
+        ("/adapter on", "no adapter to switch"),
+        ("/checkpoint nowhere", "no checkpoint nowhere"),
+        ("/save /nowhere/at/all.json", "nothing to save"),
+    ):
+        child.sendline(line)
+        child.expect(word)
+        prompt(child)
+    child.sendline("你好")
+    assert len(last_answer(child)) == 5
+    child.expect("cut at 5 tokens")
+    prompt(child)
+    child.sendline("/save /nowhere/at/all.json")
+    child.expect("can't be written")
+    prompt(child)
+    leave(child)
+
+
+# Over a pipe
+
+
+def test_over_a_pipe_answers_alone_are_on_standard_output(course):
+    done = piped(course, "你好\n\n/system 中国\n天地人\n//help\n/help\n", max_new_tokens=6)
+    assert done.returncode == 0
+    assert re.fullmatch(f"([{CHARACTERS}]{{6}}\n){{3}}", done.stdout)
+    assert "you:" not in done.stdout + done.stderr
+    assert "system prompt: 中国" in done.stderr
+    assert "/checkpoint NAME" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_over_a_pipe_lines_after_exit_are_not_read(course):
+    done = piped(course, "/exit\n你好\n", max_new_tokens=6)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# The conversation itself
+
+
+class Notes:
+    """A console without a screen, which keeps what it is told."""
+
+    def __init__(self):
+        self.notes, self.said = [], []
+
+    def lines(self):
+        return iter(())
+
+    def begin(self, speaker):
+        self.said.append("")
+
+    def say(self, text):
+        self.said[-1] += text
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def stopping(self, stop):
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+@pytest.fixture
+def chat(course, monkeypatch):
+    monkeypatch.setenv("GLM4_HOME", str(course))
+    monkeypatch.chdir(course)
+    profile = get_profile("glm4-nano", base_model="weights/tiny")
+    model, tokenizer = models.load_base_model(profile, "float32"), models.load_tokenizer(profile)
+    return Chat(profile, tokenizer, model, ChatSettings(max_new_tokens=20), Notes(), system="中国")
+
+
+def test_a_long_conversation_drops_its_oldest_turns_with_a_notice(chat):
+    chat.model.config.max_position_embeddings = 100
+    for _ in range(4):
+        chat.handle("你好" * 6)
+    assert [note for note in chat.console.notes if "left out" in note]
+    assert len(chat.turns) == 8
+    assert chat.messages()[0] == {"role": "system", "content": "中国"}
+
+
+def test_a_message_that_is_too_long_is_refused_and_not_kept(chat):
+    chat.model.config.max_position_embeddings = 100
+    with pytest.raises(Exception, match="tokens long"):
+        chat.handle("好" * 200)
+    assert chat.turns == []
+
+
+def test_reset_keeps_the_system_prompt_and_none_removes_it(chat):
+    chat.handle("你好")
+    chat.handle("/reset")
+    assert chat.messages() == [{"role": "system", "content": "中国"}]
+    chat.handle("/system none")
+    assert chat.messages() == []
+
+
+def test_a_saved_conversation_is_training_data_and_is_never_overwritten(chat, tmp_path):
+    file = tmp_path / "conversation.json"
+    chat.handle("你好")
+    chat.handle(f"/save {file}")
+    roles = [message["role"] for message in load_messages(file)[0]["messages"]]
+    assert roles == ["system", "user", "assistant"]
+    before = file.read_bytes()
+    with pytest.raises(Exception, match="File exists"):
+        chat.handle(f"/save {file}")
+    assert file.read_bytes() == before
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_chat_as_it_was(chat, course, tmp_path):
+    chat.use_adapter(course / "outputs/run/adapter")
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(Exception, match="no adapter in"):
+        chat.use_adapter(tmp_path / "broken")
+    assert chat.adapter_dir == course / "outputs/run/adapter"
+    chat.handle("你好")
+    assert len(chat.console.said[-1].strip()) == 20
