@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -207,3 +209,76 @@ def test_help_imports_no_heavy_library():
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "[]"
+
+
+def replaced_with_a_double(monkeypatch, module, name, answer):
+    """A stand-in that takes only the arguments that the real function takes."""
+    double = create_autospec(getattr(module, name), return_value=answer)
+    monkeypatch.setattr(module, name, double)
+    return double
+
+
+def test_chat_hands_its_options_on(monkeypatch, tmp_path):
+    from glm4_helpers import terminal_chat
+
+    chat = replaced_with_a_double(monkeypatch, terminal_chat, "run_chat", 0)
+    options = ["--temperature", "0.6", "--system", "请简短。", "--max-new-tokens", "9", "--adapter", str(tmp_path)]
+    assert command_line.main(["chat", *options]) == 0
+    (profile, adapter), keywords = chat.call_args
+    assert (profile.name, adapter) == ("glm4-nano", tmp_path)
+    assert (keywords["temperature"], keywords["system"], keywords["max_new_tokens"]) == (0.6, "请简短。", 9)
+    assert command_line.main(["chat", "--base"]) == 0
+    assert chat.call_args.args[1] is None
+
+
+def test_train_hands_its_options_on_and_prints_figures(monkeypatch, tmp_path, capsys):
+    from glm4_helpers import training
+
+    result = SimpleNamespace(adapter_dir=tmp_path, seconds=12.0, final_loss=0.25, log_history=[{"loss": 0.25}])
+    train = replaced_with_a_double(monkeypatch, training, "train_or_load", result)
+    line = ["train", "--force", "--no-resume", "--seed", "3", "--output", str(tmp_path), "--tracking", "disabled"]
+    assert command_line.main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["final_loss"] == 0.25
+    (profile,), keywords = train.call_args
+    assert profile.training.seed == 3
+    assert keywords == {"force": True, "resume": False, "output_dir": tmp_path, "tracking_mode": "disabled"}
+    assert command_line.main(line) == 0
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_evaluate_hands_its_options_on(monkeypatch, tmp_path, capsys):
+    from glm4_helpers import evaluation
+
+    scores = replaced_with_a_double(monkeypatch, evaluation, "before_after", {"half": "dev"})
+    replaced_with_a_double(monkeypatch, evaluation, "format_table", "the table")
+    assert command_line.main(["evaluate", "--half", "dev", "--adapter", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "the table\n"
+    profile, adapter, half = scores.call_args.args
+    assert (profile.name, adapter, half) == ("glm4-nano", tmp_path, "dev")
+    assert command_line.main(["evaluate", "--adapter", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"half": "dev"}
+
+
+def test_evaluate_over_seeds_trains_each_in_its_own_folder(monkeypatch, tmp_path, capsys):
+    from glm4_helpers import evaluation, training
+
+    for name in ("glm4_helpers", "weights"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path))
+    scored = {"after": {"sets": {"unseen_rows": {"accuracy": {"accuracy": 0.9}, "stop_rate": 1.0}}}}
+    train = replaced_with_a_double(monkeypatch, training, "train_or_load", SimpleNamespace(adapter_dir=tmp_path))
+    replaced_with_a_double(monkeypatch, evaluation, "before_after", scored)
+    replaced_with_a_double(monkeypatch, evaluation, "format_table", "the table")
+    assert command_line.main(["evaluate", "--seeds", "1", "2", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed["seeds"]) == ["1", "2"]
+    assert printed["summary"]["unseen_rows accuracy"] == {"median": 0.9, "worst": 0.9}
+    folders = [call.kwargs["output_dir"] for call in train.call_args_list]
+    assert len(set(folders)) == 2
+
+
+def test_nano_data_writes_every_file_and_prints_its_digest(tmp_path, capsys):
+    assert command_line.main(["nano", "data", "--output", str(tmp_path), "--documents", "20", "--json"]) == 0
+    digests = json.loads(capsys.readouterr().out)
+    assert {"train.json", "cloze.json", "pretrain.txt"} <= set(digests)
+    assert all((tmp_path / name).is_file() for name in digests)
