@@ -72,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CourseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__package__):
+            raise
+        print(f"error: The package {error.name} is not installed for {sys.executable}.", file=sys.stderr)
+        print('Fix: python -m pip install -c constraints.txt -e ".[test]" in the clone.', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130

@@ -289,7 +289,8 @@ def _profile_check(here: Machine, name: str) -> Check:
     need = needs(profile)
     wanted = f"{need.memory_gib:.0f} GiB memory, {need.disk_gib:.0f} GiB disk"
     if need.gpu_memory_gib:
-        wanted += f", {need.gpu_memory_gib:.0f} GiB on {'GPUs together' if profile.lora is None else 'one GPU'}, bfloat16"
+        where = "one GPU" if profile.lora else "all GPUs together"
+        wanted += f", {need.gpu_memory_gib:.0f} GiB on {where} with bfloat16"
     ok = _gpu_check(here, profile).ok and here.memory_gib >= need.memory_gib and here.disk_free_gib >= need.disk_gib
     return Check(name, ok, f"needs {wanted}", "" if ok else "Take a larger machine, or a smaller profile.")
 
@@ -314,13 +315,14 @@ def _gpu_check(here: Machine, profile: Profile) -> Check:
 
 def _no_gpu_fix() -> str:
     if shutil.which("nvidia-smi"):
-        return "There is an NVIDIA driver, but this torch can't use it: install torch for CUDA (pytorch.org, Get started)."
+        return "There is an NVIDIA driver, but this torch can't use it: install torch for CUDA (pytorch.org)."
     return "Take a machine with a GPU (Colab, Kaggle, rented), or the profile glm4-nano, which needs none."
 
 
 def _size_check(name: str, found: float, needed: float, fix: str) -> Check:
     ok = found >= needed
-    return Check(name, ok, f"{found:.1f} GiB{' free' if name == 'disk' else ''}, {needed:.0f} needed", "" if ok else fix)
+    size = f"{found:.1f} GiB{' free' if name == 'disk' else ''}"
+    return Check(name, ok, f"{size}, {needed:.0f} needed", "" if ok else fix)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

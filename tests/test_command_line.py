@@ -128,6 +128,12 @@ def test_ctrl_c_ends_with_status_130_and_no_traceback(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_package_that_is_not_installed_is_named_with_its_fix(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert command_line.main(["doctor"]) == 2
+    assert "psutil" in (said := capsys.readouterr().err) and "Fix: python -m pip install" in said
+
+
 def test_a_reader_that_leaves_early_causes_no_complaint():
     started = subprocess.Popen(
         [sys.executable, "-m", "glm4_helpers", "doctor"],

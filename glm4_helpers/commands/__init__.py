@@ -30,7 +30,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """``--profile``, ``--config`` and ``--set``: all that changes a profile."""
     add_profile(parser)
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; `profile: NAME` in it is the profile")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; may name the profile")
     parser.add_argument(
         "--set",
         dest="settings",
