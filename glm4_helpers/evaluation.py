@@ -245,7 +245,12 @@ def _read_checked(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: Mapping[str, Sequence[Mapping[str, Any]]], batch_size: int = 64) -> dict[str, Any]:
+def scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Mapping[str, Sequence[Mapping[str, Any]]],
+    batch_size: int = 64,
+) -> dict[str, Any]:
     """All figures of one model: every held-out set, cloze facts and plain questions; ready for JSON."""
     return {
         "sets": {name: asdict(evaluate_rows(model, tokenizer, rows, batch_size)) for name, rows in held_out.items()},

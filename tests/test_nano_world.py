@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from glm4_helpers.evaluation import check_answer
-from glm4_helpers.nano import phrasings, world
+from glm4_helpers.nano import files, phrasings, rows, world
+from glm4_helpers.nano.text import pretraining_documents
 
 DATA = Path(__file__).parents[1] / "data"
-HELD_OUT = [f"{half}/{name}" for half in ("dev", "test") for name in world.HELD_OUT_SETS]
+HELD_OUT = [f"{half}/{name}" for half in ("dev", "test") for name in rows.HELD_OUT_SETS]
 
 
 def read(name: str) -> list[dict]:
@@ -30,10 +31,10 @@ def train():
 
 
 @pytest.fixture(scope="module")
-def text(the_world):
-    """A third of a million characters or more of pretraining text, made as the real one is."""
+def documents(the_world):
+    """A million characters of the pretraining text, from its beginning."""
     held_out = [row for name in HELD_OUT for row in read(name)]
-    return list(world.pretraining_documents(the_world, 20_000, held_out))
+    return list(pretraining_documents(the_world, 20_000, held_out))
 
 
 def bare(turn: str) -> str:
@@ -47,35 +48,35 @@ def user_turn(row: dict) -> str:
 
 
 def test_committed_rows_regenerate_byte_for_byte(the_world):
-    for name, content in world.build_files(the_world).items():
+    for name, content in files.build_files(the_world).items():
         assert (DATA / name).read_bytes() == content.encode(), name
 
 
 def test_another_seed_gives_other_rows():
-    assert world.build_rows(world.World(7))["train"] != read("train")
+    assert rows.build_rows(world.World(7))["train"] != read("train")
 
 
 def test_sizes(train):
     assert 3000 <= len(train) <= 6000
-    for name in world.HELD_OUT_SETS:
+    for name in rows.HELD_OUT_SETS:
         assert len(read(f"test/{name}")) >= 200
         assert len(read(f"dev/{name}")) >= 100
     kinds = {row["kind"] for row in train}
-    assert kinds == set(world.TRAIN_COUNTS)
+    assert kinds == set(rows.TRAIN_COUNTS)
     assert any("history" in row for row in train) and any("system" in row for row in train)
     assert not any("check" in row for row in train)
 
 
 def test_no_row_stands_in_two_sets(train):
     everything = train + [row for name in HELD_OUT for row in read(name)]
-    keys = [world.row_key(row) for row in everything]
+    keys = [rows.row_key(row) for row in everything]
     assert len(keys) == len(set(keys))
 
 
 def test_unseen_entities_stand_in_no_fine_tuning_row_not_even_as_a_part(the_world, train):
     hidden = the_world.held_out["dev"] | the_world.held_out["test"]
     assert len(hidden) > 150
-    texts = "\n".join(world.row_text(row) for row in train)
+    texts = "\n".join(rows.row_text(row) for row in train)
     assert [entity for entity in sorted(hidden) if entity in texts] == []
 
 
@@ -83,7 +84,7 @@ def test_every_unseen_entity_row_asks_about_a_held_out_entity_of_its_own_half(th
     assert not the_world.held_out["dev"] & the_world.held_out["test"]
     for half in ("dev", "test"):
         for row in read(f"{half}/unseen_entities"):
-            assert any(entity in world.row_text(row) for entity in the_world.held_out[half]), row["id"]
+            assert any(entity in rows.row_text(row) for entity in the_world.held_out[half]), row["id"]
 
 
 def test_phrasings_never_mix():
@@ -109,25 +110,25 @@ def test_held_out_phrasings_occur_in_no_fine_tuning_row_of_their_kind(train, hal
 
 
 @pytest.mark.parametrize("half", ["dev", "test"])
-def test_no_held_out_wording_in_pretraining_text(text, half):
-    questions = {bare(line.partition("：")[2]) for document in text for line in document.split("\n")}
+def test_no_held_out_wording_in_pretraining_text(documents, half):
+    questions = {bare(line.partition("：")[2]) for document in documents for line in document.split("\n")}
     tables = (phrasings.PHRASINGS, phrasings.FOLLOW_UPS)
     held_out = patterns(text for table in tables for wordings in table.values() for text in getattr(wordings, half))
     assert [turn for turn in questions if any(pattern.fullmatch(turn) for pattern in held_out)] == []
 
 
-def test_no_held_out_question_in_pretraining_text(text):
-    everything = "\n".join(text)
+def test_no_held_out_question_in_pretraining_text(documents):
+    everything = "\n".join(documents)
     asked = [user_turn(row) for name in HELD_OUT for row in read(name) if row["kind"] not in ("hello", "thanks", "farewell")]
     assert [turn for turn in asked if turn in everything] == []
 
 
-def test_no_role_token_in_pretraining_text(text):
-    assert not any("<|" in document or "[gMASK]" in document for document in text)
+def test_no_role_token_in_pretraining_text(documents):
+    assert not any("<|" in document or "[gMASK]" in document for document in documents)
 
 
-def test_held_out_plans_and_quotations_are_not_in_pretraining_text(text):
-    everything = "\n".join(text)
+def test_held_out_plans_and_quotations_are_not_in_pretraining_text(documents):
+    everything = "\n".join(documents)
     free = [row["output"] for name in HELD_OUT for row in read(name) if row["kind"] in ("plan", "sentence")]
     assert free and [answer for answer in free if answer in everything] == []
 

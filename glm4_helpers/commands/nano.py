@@ -14,8 +14,8 @@ examples:
   python -m glm4_helpers nano pretrain      pretrains the base model from data/pretrain.txt; can be interrupted"""
 
 
-# About 11 million tokens, which two cores pretrain on within 90 minutes.
-DOCUMENTS = 120_000
+
+
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
