@@ -1,5 +1,5 @@
 # Every target first makes .venv and installs the course into it, once; then it goes.
-#   make course     train glm4-nano's adapter and print the scores before and after
+#   make course     run the five notebooks (copies, in outputs/) and print the scores before and after
 #   make test       every test, the slow ones too
 #   make lab        JupyterLab on the notebooks
 #   make notebooks  run the notebooks and store their outputs in place
@@ -20,8 +20,7 @@ INSTALLED = .venv/installed
 PYTEST =
 
 course: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers train
-	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers evaluate
+	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers course
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(RUN) -m pytest $(PYTEST)
@@ -30,7 +29,7 @@ lab: $(INSTALLED)
 	$(RUN) -m jupyter lab notebooks
 
 notebooks: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers course --in-place
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers train --force --tracking disabled --output outputs/bench

@@ -18,7 +18,7 @@ from typing import NoReturn
 from . import __version__
 from .errors import CourseError
 
-COMMANDS = ("doctor", "train", "evaluate", "chat", "nano")
+COMMANDS = ("doctor", "train", "evaluate", "chat", "course", "nano")
 
 EXAMPLES = """\
 examples:

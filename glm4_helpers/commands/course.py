@@ -1,0 +1,232 @@
+"""``course``: run the five notebooks in order, with progress, times and figures.
+
+Copies are executed into outputs/notebooks/; ``--in-place`` refreshes the committed notebooks instead. What the
+notebooks do is written in them alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import CourseError, SettingError
+from ..paths import home, outputs_dir
+from . import add_json, add_profile, chosen_profile, show
+
+HELP = "run the five notebooks, then print the scores before and after"
+EXAMPLES = """\
+examples:
+  python -m glm4_helpers course               copies of all five, into outputs/notebooks/
+  python -m glm4_helpers course --only 04 05
+  python -m glm4_helpers course --in-place    refreshes the outputs of the committed notebooks"""
+
+HEARTBEAT_SECONDS = 10
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_profile(parser)
+    parser.add_argument("--only", nargs="+", metavar="NUMBER", help="these notebooks alone, such as 04 05")
+    parser.add_argument("--in-place", action="store_true", help="store the outputs in notebooks/ itself, cleaned")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    profile = chosen_profile(arguments)
+    started, figures = time.monotonic(), {}
+    for path in chosen_notebooks(arguments.only):
+        print(f"{path.stem}", flush=True)
+        target = path if arguments.in_place else outputs_dir("notebooks") / path.name
+        seconds = run_notebook(path, target, profile.name, clean=arguments.in_place)
+        figures[path.stem] = {"seconds": round(seconds, 1), "metrics": recorded_metrics(path.stem)}
+        print(f"  {seconds:.0f} s  {_one_line(figures[path.stem]['metrics'])}", flush=True)
+    print(f"all of them: {time.monotonic() - started:.0f} s\n", flush=True)
+    result = stored_result(profile.name)
+    show(arguments, {"notebooks": figures, "before_after": result}, _table(result))
+    return 0
+
+
+def chosen_notebooks(only: list[str] | None = None) -> list[Path]:
+    """The notebooks of the course in order, or those whose numbers are given. Raises SettingError, CourseError."""
+    folder = home() / "notebooks"
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise CourseError(f"There are no notebooks in {folder}.", "Restore them: git checkout -- notebooks")
+    wanted = {number.zfill(2) for number in only or ()}
+    unknown = wanted - {path.name[:2] for path in found}
+    if unknown:
+        raise SettingError(
+            f"There is no notebook {', '.join(sorted(unknown))}.",
+            f"Use numbers among {', '.join(path.name[:2] for path in found)}.",
+        )
+    return [path for path in found if not wanted or path.name[:2] in wanted]
+
+
+def recorded_metrics(stem: str) -> dict[str, Any]:
+    """The figures that a notebook's last cell wrote, or an empty dict."""
+    file = outputs_dir("metrics") / f"{stem}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def stored_result(profile_name: str) -> dict[str, Any] | None:
+    """The before/after scores that notebook 05 stored for a profile, or None."""
+    file = outputs_dir(profile_name) / "before_after.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def run_notebook(source: Path, target: Path, profile_name: str, clean: bool = False) -> float:
+    """Execute ``source`` in a fresh kernel of this Python, write it to ``target``, and return the seconds it took.
+
+    Prints the cell it is at every HEARTBEAT_SECONDS. With ``clean`` the outputs are made fit to be committed, and a
+    failed run leaves ``target`` as it was; without, what was done until the failure is kept. Raises CourseError.
+    """
+    import nbformat
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    notebook = nbformat.read(source, as_version=4)
+    started = time.monotonic()
+    with _heartbeat(notebook) as cell_starts:
+        client = _client(notebook, source.parent, cell_starts)
+        try:
+            client.execute(env=_environment(profile_name))
+        except (CellExecutionError, DeadKernelError) as error:
+            if not clean:
+                nbformat.write(notebook, target)
+            raise _failure(source, target, notebook, error) from error
+    if clean:
+        make_committable(notebook)
+    nbformat.write(notebook, target)
+    return time.monotonic() - started
+
+
+def _client(notebook, folder: Path, cell_starts):
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+
+    class SameInterpreter(AsyncKernelManager):
+        """The kernel runs in this Python, whatever kernel called python3 the user may have registered."""
+
+        def format_kernel_cmd(self, extra_arguments=None):
+            return [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file]
+
+    return NotebookClient(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        kernel_manager_class=SameInterpreter,
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+        on_cell_start=cell_starts,
+    )
+
+
+def _environment(profile_name: str) -> dict[str, str]:
+    """The kernel's environment: as a learner has it, so without the command line's own quieting of the libraries."""
+    quieted = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
+    kept = {name: value for name, value in os.environ.items() if name not in quieted}
+    return {**kept, "GLM4_HOME": str(home()), "GLM4_PROFILE": profile_name, "PYTHONHASHSEED": "0"}
+
+
+@contextmanager
+def _heartbeat(notebook) -> Iterator[Any]:
+    """Gives nbclient's hook for the start of a cell, and prints which cell is running while it takes long."""
+    codes = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    current: dict[str, float] = {}
+    finished = threading.Event()
+
+    def cell_starts(cell, cell_index: int) -> None:
+        if cell.cell_type == "code":
+            current.update(number=codes.index(cell_index) + 1, since=time.monotonic())
+
+    def beat() -> None:
+        while not finished.wait(HEARTBEAT_SECONDS):
+            seconds = time.monotonic() - current.get("since", time.monotonic())
+            print(f"  code cell {current.get('number', 0)} of {len(codes)}: {seconds:.0f} s", flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield cell_starts
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _failure(source: Path, target: Path, notebook, error: Exception) -> CourseError:
+    failed = [
+        (number, output)
+        for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1)
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
+    where = f"code cell {failed[-1][0]}" if failed else "the kernel"
+    what = f"{failed[-1][1].ename}: {failed[-1][1].evalue}" if failed else str(error)
+    return CourseError(
+        f"{source.stem} failed in {where}: {what}",
+        f"Open {target if target.exists() else source} in JupyterLab and run it up to there.",
+    )
+
+
+# Outputs fit to be committed
+
+
+def make_committable(notebook) -> None:
+    """Strip what changes from run to run or belongs to one machine: widgets, timings, versions, absolute paths."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.setdefault("id", f"cell-{number:02}")
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [_cleaned(output) for output in cell.outputs if not _is_only_widget(output)]
+
+
+def _is_only_widget(output: Mapping[str, Any]) -> bool:
+    """Whether an output is a widget with nothing beside it that GitHub could show."""
+    return WIDGET_VIEW in output.get("data", {}) and set(output["data"]) <= {WIDGET_VIEW, "text/plain"}
+
+
+def _cleaned(output):
+    if "text" in output:
+        output.text = without_machine_paths(output.text)
+    data = output.get("data", {})
+    data.pop(WIDGET_VIEW, None)
+    for kind, content in data.items():
+        if isinstance(content, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
+            data[kind] = without_machine_paths(content)
+    return output
+
+
+def without_machine_paths(text: str) -> str:
+    """``text`` with paths inside the course folder made relative, and the user's own folder as ~."""
+    text = re.sub(re.escape(str(home())) + r"/?", "", text)
+    return text.replace(str(Path.home()) + os.sep, "~" + os.sep)
+
+
+# What is printed
+
+
+def _one_line(metrics: Mapping[str, Any]) -> str:
+    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
+    return ", ".join(shown)
+
+
+def _table(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return "No scores yet: notebook 05 stores them."
+    from ..evaluation import format_table
+
+    return format_table(result)
