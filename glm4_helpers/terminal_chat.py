@@ -61,15 +61,16 @@ def run_chat(
 ) -> int:
     """Chat until /exit or the end of input; returns the exit status 0.
 
-    `adapter_dir` None chats with the base model alone; `max_new_tokens` and `system` None take the profile's. In a
-    terminal lines are edited and Ctrl-C stops an answer only. Over a pipe every input line is a message or a
-    command, standard output holds the answers and nothing else, and notices go to standard error.
+    `adapter_dir` None chats with the base model alone; `max_new_tokens`, `system` and `dtype` None take the
+    profile's (for "auto" float32). In a terminal lines are edited and Ctrl-C stops an answer only. Over a pipe every
+    input line is a message or a command, standard output holds the answers alone, and notices go to standard error.
     Raises ModelError where weights or adapter are absent or do not fit.
     """
     settings = ChatSettings(max_new_tokens or profile.max_new_tokens, temperature, top_p, repetition_penalty, seed)
     console = _Terminal(profile.name) if sys.stdin.isatty() and sys.stdout.isatty() else _Pipe()
     tokenizer = load_tokenizer(profile)
-    model: Any = load_base_model(profile, dtype)
+    # "auto" is about training speed; answers are to be those that evaluation scores, in float32.
+    model = load_base_model(profile, dtype or ("float32" if profile.dtype == "auto" else None))
     chat = Chat(profile, tokenizer, model, settings, console, system if system is not None else profile.system_prompt)
     if adapter_dir is not None:
         chat.use_adapter(Path(adapter_dir))

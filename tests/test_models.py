@@ -210,6 +210,13 @@ def test_a_live_adapter_changes_answers_and_switches_off(profile, adapter):
     assert not model.training
 
 
+def test_a_load_leaves_no_warning_standing(profile, adapter, recwarn):
+    base = models.load_base_model(profile, "float32")
+    recwarn.clear()
+    models.load_adapter(base, adapter, profile)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_adapter_off_lets_a_base_model_pass(profile):
     model = models.load_base_model(profile, "float32")
     with models.adapter_off(model) as same:

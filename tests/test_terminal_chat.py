@@ -64,7 +64,7 @@ def terminal(course):
     def start(**settings):
         command = ["-c", START, repr(settings)]
         child = pexpect.spawn(
-            sys.executable, command, env=environment(course), cwd=course, encoding="utf-8", timeout=30, dimensions=(40, 200)
+            sys.executable, command, env=environment(course), cwd=course, encoding="utf-8", timeout=60, dimensions=(40, 200)
         )
         started.append(child)
         child.expect("help lists the commands")
