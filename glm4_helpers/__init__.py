@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _MODULES = (
     "errors", "paths", "profiles", "chat_format", "datasets", "models", "environment", "generation", "tracking",
     "training", "evaluation", "plots", "widgets", "terminal_chat", "memory", "download", "export", "rehearsal", "nano",
+    "exercises",
 )  # fmt: skip
 
 _NAMES = {
@@ -53,6 +54,8 @@ _NAMES = {
     "before_after": "evaluation",
     "format_table": "evaluation",
     "before_after_figure": "plots",
+    "check": "exercises",
+    "write_metrics": "exercises",
 }
 
 __all__ = [*_MODULES, *_NAMES]
