@@ -144,7 +144,7 @@ def _check_settings(
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number such as 0.6"),
         ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and up to 1"),
-        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "a positive number; 1 is none"),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "a number above 0; 1 is none"),
         ("batch_size", batch_size, batch_size >= 1, "a whole number from 1"),
     )
     for name, value, valid, wanted in checks:

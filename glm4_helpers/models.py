@@ -399,15 +399,15 @@ def _check_facts(adapter_dir: Path, profile: Profile) -> None:
     facts = read_adapter_facts(adapter_dir)
     if facts is None:
         warnings.warn(
-            f"{adapter_dir} has no {FACTS_FILE}: whether it was trained on {profile.base_model} is judged by shapes only.",
+            f"{adapter_dir} has no {FACTS_FILE}: its base model, {profile.base_model} or not, is judged by shapes only.",
             stacklevel=4,
         )
         return
     found = base_fingerprint(base_folder(profile))
     if facts.get("base_fingerprint") != found:
         raise ModelError(
-            f"The adapter in {adapter_dir} was trained on other base weights: {facts.get('base_model')} with fingerprint "
-            f"{facts.get('base_fingerprint')}, while {profile.base_model} here has {found}.",
+            f"The adapter in {adapter_dir} was trained on other base weights: {facts.get('base_model')} with "
+            f"fingerprint {facts.get('base_fingerprint')}, while {profile.base_model} here has {found}.",
             "Choose the profile it was trained with, or train it again on these weights.",
         )
 
@@ -424,7 +424,7 @@ def _check_modules_present(adapter_dir: Path, matched: Sequence[str], tensors: M
     absent, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if absent or extra:
         what = f"lacks {absent[0]}" if absent else f"has {extra[0]}, which this model does not"
-        raise ModelError(f"The adapter in {adapter_dir} {what} ({len(absent)} absent, {len(extra)} too many).", _TRAIN_FIX)
+        raise ModelError(f"The adapter in {adapter_dir} {what} ({len(absent)} absent, {len(extra)} extra).", _TRAIN_FIX)
 
 
 def _check_module_count(
@@ -449,7 +449,7 @@ def _check_shapes(model: nn.Module, adapter_dir: Path, tensors: Mapping[str, tor
         shape = (rank, module.in_features) if name.endswith("lora_A") else (module.out_features, rank)
         if tuple(tensor.shape) != shape:
             raise ModelError(
-                f"The adapter in {adapter_dir} does not fit this base model: {name} is {tuple(tensor.shape)}, not {shape}.",
+                f"The adapter in {adapter_dir} does not fit this model: {name} is {tuple(tensor.shape)}, not {shape}.",
                 "Choose the profile it was trained with.",
             )
 
@@ -460,7 +460,7 @@ def _check_values(adapter_dir: Path, tensors: Mapping[str, torch.Tensor]) -> Non
             raise ModelError(f"The adapter in {adapter_dir} has NaN or infinite values in {name}.", _TRAIN_FIX)
         if name.endswith("lora_B") and not tensor.any():
             raise ModelError(
-                f"The adapter in {adapter_dir} is not live: {name} is all zeros, so it changes nothing there.", _TRAIN_FIX
+                f"The adapter in {adapter_dir} is not live: {name} is all zeros and changes nothing.", _TRAIN_FIX
             )
 
 
@@ -489,7 +489,7 @@ def _config_of(profile: Profile) -> PreTrainedConfig:
 
 
 def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
-    """Rows of part, parameters, trainable and share (of all parameters), one for each of PARTS that occurs, then "total".
+    """Rows of part, parameters, trainable and share (of all), one for each of PARTS that occurs, then "total".
 
     Shared weights (a tied lm_head) count once, where they first occur. 4-bit weights count as stored.
     """

@@ -137,7 +137,7 @@ class Chat:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def use_adapter(self, folder: Path) -> None:
-        """Put the adapter in this folder on the model, in place of the one it has. Raises ModelError; then all stays."""
+        """Put the adapter in this folder on the model, in place of its own. Raises ModelError; then all stays."""
         check_adapter(self.model, folder, self.profile)
         base = self.model.unload() if isinstance(self.model, PeftModel) else self.model
         self.model = load_adapter(base, folder, self.profile)
@@ -216,7 +216,7 @@ class Chat:
             return
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            fix = f"Did you mean {near[0]}?" if near else f"Choose among: {', '.join(known) or 'none yet, train first'}."
+            fix = f"Did you mean {near[0]}?" if near else f"Choose among: {', '.join(known) or 'none yet'}."
             raise ModelError(f"There is no checkpoint {name}.", fix)
         self.use_adapter(known[name])
         self.console.note(self._voice())
