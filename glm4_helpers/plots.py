@@ -1,0 +1,422 @@
+"""The course's figures, drawn with matplotlib from plain results: scores, losses, counts, memory.
+
+Nothing is computed or loaded here. Each figure brings its own light background, so it reads the same in dark themes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+
+BEFORE, AFTER, ACCENT = "#8a94a6", "#1f6fb2", "#c2571a"
+"""Grey before, blue after, orange for what is pointed at: told apart without colour vision, too."""
+
+CYCLE = ("#1f6fb2", "#c2571a", "#3d8b5f", "#8659a8", "#b0902c", "#8a94a6", "#bd4a6e")
+TEXT, FAINT, BACKGROUND = "#1f2430", "#d7dbe3", "#fcfcfd"
+
+CHINESE_FAMILIES = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Heiti SC", "Arial Unicode MS", "Noto Sans CJK JP",
+)  # fmt: skip
+"""Families with Chinese glyphs in the order they are preferred; the first one installed is used."""
+
+SHIPPED_FONT = Path(__file__).parent / "fonts" / "CourseSansSC-Regular.otf"
+SHIPPED_FAMILY = "Course Sans SC"
+
+SET_LABELS = {
+    "unseen_rows": "unseen rows",
+    "unseen_entities": "unseen entities",
+    "unseen_phrasings": "unseen phrasings",
+    "second_turns": "second turns",
+}
+
+KIND_LABELS = {
+    "word_to_english": "译成英文 word to English", "english_to_word": "译成中文 English to word",
+    "category": "类别 category", "property": "性质 property", "opposite": "反义词 opposite", "sum": "加法 sum",
+    "difference": "减法 difference", "system": "系统提示 system prompt", "follow_up": "追问 follow-up",
+    "capital": "首都 capital", "capital_of": "哪国首都 capital of", "list": "列举 list", "quote": "引用 quote",
+    "sentence": "造句 sentence", "count": "数数 count", "plan": "计划 plan", "new_topic": "换话题 new topic",
+    "descending": "降序 descending", "ascending": "升序 ascending", "larger": "较大 larger", "smaller": "较小 smaller",
+    "remember": "记住 remember", "introduce": "介绍 introduce", "repeat": "重复 repeat",
+    "not_that_model": "不是那个模型 not that model", "who": "是谁 who", "hello": "问候 hello", "thanks": "感谢 thanks",
+    "farewell": "告别 farewell",
+}  # fmt: skip
+"""Kinds of the course's own rows, in Chinese with an English gloss; other kinds are shown by their name."""
+
+MEMORY_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
+
+
+# Fonts and style
+
+
+@functools.cache
+def chinese_family() -> str:
+    """The installed family that Chinese is drawn with; the shipped subset, registered here, where there is none."""
+    installed = {font.name for font in fontManager.ttflist}
+    found = next((family for family in CHINESE_FAMILIES if family in installed), None)
+    if found is None:
+        fontManager.addfont(SHIPPED_FONT)
+    return found or SHIPPED_FAMILY
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """matplotlib's settings for the course's figures while the block runs; the reader's own come back afterwards."""
+    settings = {
+        # matplotlib falls back glyph by glyph along this list.
+        "font.family": ["DejaVu Sans", chinese_family()],
+        "font.size": 10,
+        "figure.facecolor": BACKGROUND,
+        "savefig.facecolor": BACKGROUND,
+        "axes.facecolor": BACKGROUND,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": TEXT,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.unicode_minus": False,
+        "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
+        "text.color": TEXT,
+        "xtick.color": TEXT,
+        "ytick.color": TEXT,
+        "grid.color": FAINT,
+        "legend.frameon": False,
+        "figure.constrained_layout.w_pad": 0.1,
+        "figure.constrained_layout.h_pad": 0.1,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the course's style, and finish within it: matplotlib makes tick labels at the first drawing only."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: Any, **options: Any) -> Figure:
+        with style():
+            figure = draw(*arguments, **options)
+            figure.draw_without_rendering()
+        return figure
+
+    return drawn
+
+
+def new_figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure with its axes, sizes in inches, that a notebook shows once: as the value of its cell."""
+    import matplotlib.pyplot as pyplot  # registers how notebooks show figures
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", **options)
+    pyplot.close(figure)
+    return figure, axes
+
+
+def kind_label(kind: str) -> str:
+    """A kind of row as it stands on an axis."""
+    return KIND_LABELS.get(kind, kind)
+
+
+# Scores
+
+
+@_figure
+def before_after_figure(result: Mapping[str, Any]) -> Figure:
+    """Accuracy of each held-out set with its 95 % interval, and the stop rate, before and after.
+
+    `result` is what `evaluation.before_after` returns, or its JSON. Sets of free text, which have no accuracy, show
+    their stop rate only.
+    """
+    names = list(result["before"]["sets"])
+    scored = [name for name in names if result["before"]["sets"][name]["accuracy"]]
+    figure, (left, right) = new_figure(10, 1.6 + 0.62 * len(names), 2, width_ratios=(1.5, 1))
+    for offset, side, colour in ((-0.19, "before", BEFORE), (0.19, "after", AFTER)):
+        sets = result[side]["sets"]
+        _interval_bars(left, [sets[name]["accuracy"] for name in scored], offset, colour, side)
+        _rate_bars(right, [sets[name]["stop_rate"] for name in names], offset, colour, side)
+    rows = {name: len(result["before"]["sets"][name]["answers"]) for name in names}
+    _name_rows(left, [f"{SET_LABELS.get(name, name)}\n{rows[name]} rows" for name in scored])
+    _name_rows(right, [SET_LABELS.get(name, name) for name in names])
+    left.set_title(f"right answers, {result['half']} half, 95 % intervals")
+    right.set_title("answers that stopped by themselves")
+    _legend_below(figure, left)
+    return figure
+
+
+@_figure
+def kinds_figure(result: Mapping[str, Any]) -> Figure:
+    """Accuracy of each kind of row in each held-out set, before (hollow) and after (filled), with 95 % intervals.
+
+    `result` is what `evaluation.before_after` returns, or its JSON.
+    """
+    sets = {name: scored for name, scored in result["after"]["sets"].items() if scored["kinds"]}
+    kinds = sorted({kind for scored in sets.values() for kind in scored["kinds"]}, key=kind_label)
+    figure, axes = new_figure(3.2 + 2.2 * len(sets), 1.2 + 0.27 * len(kinds), max(1, len(sets)), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], sets):
+        for row, kind in enumerate(kinds):
+            _dots(axis, row, result["before"]["sets"][name]["kinds"].get(kind), sets[name]["kinds"].get(kind))
+        axis.set_title(SET_LABELS.get(name, name))
+        axis.tick_params(axis="y", length=0)
+        _percent_axis(axis)
+    _name_rows(axes[0][0], [kind_label(kind) for kind in kinds])
+    _legend_below(figure, axes[0][0])
+    return figure
+
+
+def _interval_bars(axis: Axes, scores: Sequence[Mapping[str, float]], offset: float, colour: str, label: str) -> None:
+    places = [row + offset for row in range(len(scores))]
+    values = [100 * score["accuracy"] for score in scores]
+    below = [100 * (score["accuracy"] - score["low"]) for score in scores]
+    above = [100 * (score["high"] - score["accuracy"]) for score in scores]
+    # Rounding may leave -1e-15, which matplotlib refuses.
+    spread = [[max(0.0, value) for value in side] for side in (below, above)]
+    error = {"ecolor": TEXT, "capsize": 3, "elinewidth": 1}
+    axis.barh(places, values, 0.36, color=colour, label=label, xerr=spread, error_kw=error)
+    for place, value, width in zip(places, values, spread[1]):
+        axis.annotate(f"{value:.0f} %", (value + width, place), (5, 0), textcoords="offset points", va="center", size=9)
+    _percent_axis(axis)
+
+
+def _rate_bars(axis: Axes, rates: Sequence[float], offset: float, colour: str, label: str) -> None:
+    places = [row + offset for row in range(len(rates))]
+    axis.barh(places, [100 * rate for rate in rates], 0.36, color=colour, label=label)
+    for place, rate in zip(places, rates):
+        text = f"{100 * rate:.0f} %"
+        axis.annotate(text, (100 * rate, place), (5, 0), textcoords="offset points", va="center", size=9)
+    _percent_axis(axis)
+
+
+def _dots(axis: Axes, row: int, before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> None:
+    """One kind in one set: hollow before, filled after, a line for each interval."""
+    for score, offset, colour, face, label in (
+        (before, -0.14, BEFORE, BACKGROUND, "before"),
+        (after, 0.14, AFTER, AFTER, "after"),
+    ):
+        if score is None:
+            continue
+        axis.plot([100 * score["low"], 100 * score["high"]], [row + offset] * 2, color=colour, linewidth=1.2)
+        again = label in axis.get_legend_handles_labels()[1]
+        axis.plot(
+            100 * score["accuracy"], row + offset, "o", color=colour, markerfacecolor=face, markersize=5,
+            label=None if again else label,
+        )  # fmt: skip
+
+
+def _percent_axis(axis: Axes) -> None:
+    axis.set_xlim(0, 112)
+    axis.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+    axis.grid(axis="x")
+
+
+def _name_rows(axis: Axes, names: Sequence[str]) -> None:
+    """Row names on the vertical axis, the first on top."""
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+# Training
+
+
+@_figure
+def loss_figure(
+    log_history: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, float]] | None = None, total_steps: int | None = None
+) -> Figure:
+    """Training loss by step, as logged and smoothed, with the dev loss where it was measured.
+
+    `log_history` is the trainer's. `dev` are mappings of step and loss; None takes the history's own eval_loss.
+    `total_steps` fixes the width of a plot that grows during training.
+    """
+    train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
+    points = _dev_points(log_history) if dev is None else [(row["step"], row["loss"]) for row in dev]
+    figure, axis = new_figure(7.5, 3.4)
+    if train:
+        steps, losses = zip(*train)
+        axis.plot(steps, losses, color=BEFORE, alpha=0.45, linewidth=1, label="training loss, as logged")
+        axis.plot(steps, smoothed(losses), color=AFTER, linewidth=2, label="training loss, smoothed")
+    if points:
+        axis.plot(*zip(*points), "o-", color=ACCENT, linewidth=1.5, label="dev loss")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss (nats per answer token)")
+    axis.set_xlim(0, total_steps or max((step for step, _ in [*train, *points]), default=1))
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y")
+    if train or points:
+        axis.legend(loc="upper right")
+    return figure
+
+
+def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average without its pull towards zero at the start (Adam's bias correction)."""
+    average, out = 0.0, []
+    for count, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        out.append(average / (1 - weight**count))
+    return out
+
+
+def _dev_points(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    return [(row["step"], row["eval_loss"]) for row in log_history if "eval_loss" in row]
+
+
+@_figure
+def checkpoints_figure(checkpoints: Sequence[Mapping[str, Any]]) -> Figure:
+    """Dev loss, dev accuracy and stop rate of each checkpoint, the best one marked.
+
+    Each checkpoint is a mapping of step, dev_loss, dev_accuracy and stop_rate (fractions; an accuracy may also be a
+    mapping with low and high); `best`: True marks the best, else the highest accuracy, then the lowest loss, does.
+    """
+    steps = [row["step"] for row in checkpoints]
+    best = best_checkpoint(checkpoints)
+    figure, axes = new_figure(10, 3.2, 3)
+    titles = (("dev_loss", "dev loss"), ("dev_accuracy", "dev accuracy"), ("stop_rate", "stop rate"))
+    for axis, (key, title) in zip(axes, titles):
+        scale = 1 if key == "dev_loss" else 100
+        values = [scale * _fraction(row[key]) for row in checkpoints]
+        axis.plot(steps, values, "o-", color=AFTER)
+        _interval_lines(axis, checkpoints, key)
+        axis.plot(steps[best], values[best], "o", color=ACCENT, markersize=11, fillstyle="none", markeredgewidth=2, label="best")
+        axis.set(title=title if scale == 1 else f"{title} (%)", xlabel="step", xticks=steps)
+        axis.tick_params(axis="x", rotation=45 if len(steps) > 5 else 0)
+        axis.grid(axis="y")
+        axis.margins(x=0.12)
+    axes[0].set_ylim(bottom=0)
+    for axis in axes[1:]:
+        axis.set_ylim(0, 105)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def best_checkpoint(checkpoints: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the checkpoint marked as best; else of the highest dev accuracy, and among these of the lowest loss."""
+    marked = [index for index, row in enumerate(checkpoints) if row.get("best")]
+    order = sorted(
+        range(len(checkpoints)),
+        key=lambda index: (-_fraction(checkpoints[index]["dev_accuracy"]), checkpoints[index]["dev_loss"]),
+    )
+    return (marked or order)[0]
+
+
+def _fraction(value: float | Mapping[str, float]) -> float:
+    return value["accuracy"] if isinstance(value, Mapping) else value
+
+
+def _interval_lines(axis: Axes, checkpoints: Sequence[Mapping[str, Any]], key: str) -> None:
+    for row in checkpoints:
+        if isinstance(row[key], Mapping):
+            axis.plot([row["step"]] * 2, [100 * row[key]["low"], 100 * row[key]["high"]], color=AFTER, linewidth=1)
+
+
+# Model, rows, memory
+
+
+@_figure
+def parameter_figure(table: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Parameters by part of the model, with their share; `table` is what `models.parameter_table` returns."""
+    rows = [row for row in table if row["part"] != "total"]
+    total = sum(row["parameters"] for row in rows)
+    figure, axis = new_figure(7.5, 1.0 + 0.42 * len(rows))
+    colours = [ACCENT if row["part"] == "adapter" else AFTER for row in rows]
+    axis.barh(range(len(rows)), [row["parameters"] for row in rows], 0.62, color=colours)
+    for place, row in enumerate(rows):
+        text = f"{short_count(row['parameters'])}   {_share(row['parameters'] / total)}"
+        axis.annotate(text, (row["parameters"], place), (5, 0), textcoords="offset points", va="center", size=9)
+    _name_rows(axis, [row["part"] for row in rows])
+    axis.set_xlim(0, 1.28 * max(row["parameters"] for row in rows))
+    axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
+    axis.grid(axis="x")
+    axis.set_title(f"{title + ': ' if title else ''}{total:,} parameters")
+    return figure
+
+
+def short_count(count: float) -> str:
+    """1,234,567 as 1.23 M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {letter}"
+    return f"{count:.3g}"
+
+
+def _share(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %" if fraction >= 0.001 else f"{100 * fraction:.3f} %"
+
+
+@_figure
+def lengths_figure(lengths: Sequence[int], max_length: int | None = None) -> Figure:
+    """How many rows have how many tokens; `max_length` draws the limit that longer rows fall over."""
+    figure, axis = new_figure(7.5, 3.2)
+    axis.hist(lengths, bins=min(60, max(10, len(set(lengths)))), color=AFTER, edgecolor=BACKGROUND, linewidth=0.4)
+    if max_length is not None:
+        over = sum(length > max_length for length in lengths)
+        axis.axvline(max_length, color=ACCENT, linestyle="--", label=f"上限 limit {max_length}: {over:,} 行更长 rows longer")
+        axis.legend(loc="upper right")
+    axis.set_xlabel("每行词元数 tokens per row")
+    axis.set_ylabel("行数 rows")
+    longest = f", 最长 longest {max(lengths)}" if len(lengths) else ""
+    axis.set_title(f"{len(lengths):,} 行 rows{longest}")
+    axis.grid(axis="y")
+    return figure
+
+
+@_figure
+def kinds_of_rows_figure(rows: Sequence[Mapping[str, Any]] | Mapping[str, int]) -> Figure:
+    """How many rows there are of each kind, the most frequent on top. `rows` have a `kind`, or are counts by kind."""
+    counts = Counter(rows) if isinstance(rows, Mapping) else Counter(row["kind"] for row in rows)
+    ordered = counts.most_common()
+    figure, axis = new_figure(7.5, 1.0 + 0.25 * len(ordered))
+    axis.barh(range(len(ordered)), [count for _, count in ordered], 0.7, color=AFTER)
+    for place, (_, count) in enumerate(ordered):
+        axis.annotate(f"{count:,}", (count, place), (4, 0), textcoords="offset points", va="center", size=9)
+    _name_rows(axis, [kind_label(kind) for kind, _ in ordered])
+    axis.set_xlim(0, 1.12 * max(counts.values(), default=1))
+    axis.set_xlabel("行数 rows")
+    axis.grid(axis="x")
+    return figure
+
+
+@_figure
+def memory_figure(parts: Mapping[str, Mapping[str, float]], limit: float | None = None) -> Figure:
+    """Stacked bars of memory: `parts` maps a bar's name to bytes by part (MEMORY_PARTS, in this order, then others).
+
+    `limit`, in bytes, draws the memory at hand.
+    """
+    unit, name = _unit(max([sum(bar.values()) for bar in parts.values()] + [limit or 0]))
+    seen = {part for bar in parts.values() for part in bar}
+    order = [part for part in MEMORY_PARTS if part in seen] + sorted(seen - set(MEMORY_PARTS))
+    figure, axis = new_figure(8.5, 1.5 + 0.55 * len(parts))
+    left = [0.0] * len(parts)
+    for part, colour in zip(order, CYCLE):
+        widths = [bar.get(part, 0) / unit for bar in parts.values()]
+        axis.barh(range(len(parts)), widths, 0.6, left=left, color=colour, label=part, edgecolor=BACKGROUND)
+        left = [start + width for start, width in zip(left, widths)]
+    for place, total in enumerate(left):
+        box = {"facecolor": BACKGROUND, "edgecolor": "none", "pad": 1.5}
+        text = f"{total:.3g} {name}"
+        axis.annotate(text, (total, place), (5, 0), textcoords="offset points", va="center", size=9, bbox=box)
+    if limit is not None:
+        axis.axvline(limit / unit, color=TEXT, linestyle="--", label=f"at hand: {limit / unit:.3g} {name}")
+    _name_rows(axis, list(parts))
+    axis.set_xlim(0, 1.15 * max([*left, (limit or 0) / unit]))
+    axis.set_xlabel(name)
+    axis.grid(axis="x")
+    _legend_below(figure, axis)
+    return figure
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    return (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
