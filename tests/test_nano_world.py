@@ -48,7 +48,7 @@ def user_turn(row: dict) -> str:
 
 
 def test_committed_rows_regenerate_byte_for_byte(the_world):
-    for name, content in files.build_files(the_world).items():
+    for name, content in files.build_files(the_world, rows.build_rows(the_world)).items():
         assert (DATA / name).read_bytes() == content.encode(), name
 
 

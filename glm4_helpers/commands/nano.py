@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from . import add_json, show
 
@@ -14,18 +17,16 @@ examples:
   python -m glm4_helpers nano pretrain      pretrains the base model from data/pretrain.txt; can be interrupted"""
 
 
-
-
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
     data = steps.add_parser("data", help="write the rows, the cloze facts and the pretraining text")
     data.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: data/ of the course)")
-    data.add_argument("--documents", type=int, default=DOCUMENTS, metavar="N", help="pretraining documents to write")
+    data.add_argument("--documents", type=int, metavar="N", help="pretraining documents (default: as for glm4-nano)")
     add_json(data)
-    pretrain = steps.add_parser("pretrain", help="pretrain the base model")
+    pretrain = steps.add_parser("pretrain", help="pretrain the base model; goes on where it was interrupted")
     pretrain.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: weights/glm4-nano)")
+    pretrain.add_argument("--epochs", type=int, metavar="N", help="passes over the text (default: as for glm4-nano)")
+    pretrain.add_argument("--compile", action="store_true", help="use torch.compile: needs a C++ compiler, a little faster")
     add_json(pretrain)
 
 
@@ -34,30 +35,64 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from ..nano.world import write_data
+    from ..nano.files import DOCUMENTS, write_data
     from ..paths import data_dir
 
     folder = arguments.output or data_dir()
-    digests = write_data(folder, arguments.documents)
+    digests = write_data(folder, arguments.documents or DOCUMENTS)
     lines = [f"{digest[:16]}  {name}" for name, digest in digests.items()]
     show(arguments, digests, "\n".join([f"Written to {folder} (sha256):", *lines]))
     return 0
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from ..nano import pretrain as nano
     from ..paths import data_dir, outputs_dir, weights_dir
 
     folder = arguments.output or weights_dir("glm4-nano")
+    text = data_dir() / "pretrain.txt"
     settings = nano.PretrainingSettings()
-    documents = nano.read_documents(data_dir() / "pretrain.txt")
-    tokenizer = nano.build_tokenizer(set().union(*documents))
+    settings = replace(settings, epochs=arguments.epochs or settings.epochs)
+    documents = nano.read_documents(text)
+    tokenizer = nano.build_tokenizer(nano.vocabulary(documents))
     blocks = nano.token_blocks(tokenizer, documents, settings.block)
-    model, curve = nano.pretrain(tokenizer, blocks, outputs_dir("pretraining") / "checkpoint.pt", settings, _report)
-    nano.save_base_model(model, tokenizer, folder)
-    figures = {"folder": str(folder), "parameters": model.num_parameters(), "curve": curve}
-    show(arguments, figures, f"{figures['parameters']:,} parameters, last loss {curve[-1]['loss']}, in {folder}")
+    checkpoint = outputs_dir("pretraining") / "checkpoint.pt"
+    result = nano.pretrain(tokenizer, blocks, checkpoint, settings, _report, arguments.compile)
+    nano.save_base_model(result.model, tokenizer, folder)
+    figures = _figures(result, tokenizer, settings, text)
+    _write_card(folder, figures)
+    figures["folder"] = str(folder)
+    show(arguments, figures, f"{figures['parameters']:,} parameters, last loss {result.curve[-1]['loss']}, in {folder}")
     return 0
+
+
+def _figures(result, tokenizer, settings, text: Path) -> dict[str, Any]:
+    """All that the model card says, measured on the model as it was just trained."""
+    from ..environment import machine
+    from ..evaluation import cloze_accuracy, plain_questions_accuracy, read_plain
+
+    return {
+        "parameters": result.model.num_parameters(),
+        "config": result.model.config.to_dict(),
+        "tokens": result.steps * settings.blocks_per_step * settings.block,
+        "tokens_per_step": settings.blocks_per_step * settings.block,
+        "steps": result.steps,
+        "minutes": result.seconds / 60,
+        "cpu": f"{machine().cpu}, {machine().cores} cores",
+        "curve": result.curve,
+        "settings": asdict(settings),
+        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "cloze": cloze_accuracy(result.model, tokenizer, read_plain("cloze")),
+        "questions": plain_questions_accuracy(result.model, tokenizer, read_plain("questions")),
+    }
+
+
+def _write_card(folder: Path, figures: dict[str, Any]) -> None:
+    from ..nano.cards import model_card
+
+    (folder / "README.md").write_text(model_card(figures), encoding="utf-8")
 
 
 def _report(step: int, steps: int, loss: float, seconds: float) -> None:

@@ -69,6 +69,21 @@ class PretrainingSettings:
     checkpoint_steps: int = 250
 
 
+@dataclass(frozen=True)
+class PretrainingResult:
+    """The base model in float32 with its loss curve, and what it took."""
+
+    model: GlmForCausalLM
+    curve: list[dict]
+    steps: int
+    seconds: float
+
+
+def vocabulary(documents: Iterable[str]) -> set[str]:
+    """The characters that get a token of their own: those of the text, ASCII and common Chinese punctuation."""
+    return {*set().union(*documents), *map(chr, range(32, 127)), *"\n（）：；，。、？！“”‘’《》…—·"}
+
+
 def nano_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainingSettings) -> GlmConfig:
     """GLM-4's architecture at nano size: fused gate_up_proj, half rotary, few key/value heads, untied lm_head."""
     return GlmConfig(
@@ -135,8 +150,8 @@ def pretrain(
     settings: PretrainingSettings,
     report: Callable[[int, int, float, float], None],
     compile_model: bool = False,
-) -> tuple[GlmForCausalLM, list[dict]]:
-    """Train the base model from nothing, or on from `checkpoint`, and return it with its loss curve.
+) -> PretrainingResult:
+    """Train the base model from nothing, or on from `checkpoint`.
 
     `report(step, steps, loss, seconds)` is called every 50 steps. Weights are float32; products run in bfloat16 where
     the CPU has instructions for it.
@@ -147,9 +162,10 @@ def pretrain(
     training = optimizers(model, settings)
     order = batch_order(len(blocks), settings)
     curve: list[dict] = []
-    first, seconds_before = 0, 0.0
+    first, seconds_before, seconds = 0, 0.0, 0.0
     if checkpoint.is_file():
         first, seconds_before, curve = load_checkpoint(checkpoint, model, training, settings)
+        seconds = seconds_before
     forward = torch.compile(model) if compile_model else model
     started, recent = time.monotonic(), []
     for step in range(first, len(order)):
@@ -172,7 +188,7 @@ def pretrain(
             recent = []
         if done % settings.checkpoint_steps == 0 or done == len(order):
             save_checkpoint(checkpoint, model, training, settings, done, seconds, curve)
-    return model.eval(), curve
+    return PretrainingResult(model.eval(), curve, len(order), seconds)
 
 
 def has_bfloat16() -> bool:
