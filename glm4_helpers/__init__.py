@@ -55,6 +55,7 @@ _NAMES = {
     "format_table": "evaluation",
     "before_after_figure": "plots",
     "check": "exercises",
+    "prepare_notebook": "exercises",
     "write_metrics": "exercises",
 }
 

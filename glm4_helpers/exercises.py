@@ -1,4 +1,4 @@
-"""What every notebook needs besides its subject: checks of the exercises, and the record of its figures.
+"""What every notebook needs besides its subject: quiet libraries, checks of exercises, the record of its figures.
 
 The exercises themselves are in the notebooks, their solutions in notebooks/solutions/.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dis
 import json
+import logging
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import show_errors_plainly
 from .paths import outputs_dir
 
 RIGHT, WRONG, NOT_ATTEMPTED = "right", "wrong", "not attempted"
@@ -62,6 +65,22 @@ def attempted(value: Any) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(attempted(item) for item in value)
     return not (isinstance(value, types.FunctionType) and _does_nothing(value))
+
+
+def prepare_notebook() -> None:
+    """Show the course's own errors with their fix, and keep loading bars and messages nobody can act on out of sight.
+
+    The trainer's progress stays. Errors and warnings of the libraries stay too, but for two: bitsandbytes on a kernel
+    that no CPU profile uses, and PEFT 0.21 reading an attribute that transformers 5.23 has renamed.
+    """
+    import datasets
+    import transformers
+
+    show_errors_plainly()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
 def write_metrics(notebook: str, figures: Mapping[str, float | int | str]) -> Path:
