@@ -1,0 +1,133 @@
+"""What was said in a chat, by whom and how it ended; as messages, as HTML and as Markdown.
+
+Nothing here generates or draws. Everything that a user or a model wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+BASE, TUNED = "base", "fine-tuned"
+
+NOTES = {
+    "writing": "…",
+    "done": "",
+    "stopped": "(stopped)",
+    "limit": "(cut at the length limit)",
+    "empty": "(an empty answer)",
+    "failed": "",
+}
+"""How a reply can end, and what is shown for it."""
+
+
+@dataclass
+class Reply:
+    """One model's answer to a question. `adapter` is the checkpoint that spoke, None for the base model."""
+
+    speaker: str
+    adapter: str | None = None
+    text: str = ""
+    state: str = "writing"
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """The speaker as it is shown, with the checkpoint."""
+        return f"{self.speaker} ({self.adapter})" if self.adapter else self.speaker
+
+
+@dataclass
+class Turn:
+    """A question with the replies to it: one, or two side by side."""
+
+    question: str
+    replies: list[Reply] = field(default_factory=list)
+
+
+def conversation(turns: Sequence[Turn], system: str = "") -> list[dict[str, str]]:
+    """All messages as plain Python. Replies also have `model`, and where they did not end by themselves `ended_by`."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.question})
+        for reply in turn.replies:
+            ended = {} if reply.state == "done" else {"ended_by": reply.error or reply.state}
+            messages.append({"role": "assistant", "content": reply.text, "model": reply.name, **ended})
+    return messages
+
+
+def history(turns: Sequence[Turn], speaker: str, system: str = "") -> list[dict[str, str]]:
+    """What `speaker` is to go on from: questions and its own replies, or the other's where it said nothing.
+
+    Turns without any text in reply are left out.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        answered = sorted((reply for reply in turn.replies if reply.text), key=lambda reply: reply.speaker != speaker)
+        if answered:
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": answered[0].text})
+    return messages
+
+
+# HTML
+
+_BUBBLE = "padding:.4em .7em;border-radius:.5em;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
+_QUIET = "color:var(--jp-ui-font-color2,inherit);font-size:.85em"
+_USER = "background:var(--jp-layout-color2,rgba(128,128,128,.18))"
+_REPLY = "border:1px solid var(--jp-border-color1,rgba(128,128,128,.5))"
+_ERROR = "border:1px solid var(--jp-error-color1,#d32f2f)"
+
+
+def to_html(turns: Sequence[Turn], system: str = "") -> str:
+    """The transcript as one HTML element that screen readers announce as a log."""
+    body = "".join(_turn_html(turn) for turn in turns)
+    if not turns:
+        body = f'<div style="{_QUIET}">Type a message below and press Enter.</div>'
+    elif system:
+        body = f'<div style="{_QUIET}">system: {html.escape(system)}</div>{body}'
+    return (
+        '<div role="log" aria-label="conversation" '
+        f'style="color:var(--jp-content-font-color1,inherit);padding:.5em">{body}</div>'
+    )
+
+
+def _turn_html(turn: Turn) -> str:
+    question = f'<div style="{_QUIET}">you</div><div style="{_BUBBLE};{_USER}">{html.escape(turn.question)}</div>'
+    replies = "".join(_reply_html(reply) for reply in turn.replies)
+    return (
+        f'<div style="margin:.3em 0 .8em">{question}'
+        f'<div style="display:flex;flex-wrap:wrap;gap:.7em;margin-top:.4em">{replies}</div></div>'
+    )
+
+
+def _reply_html(reply: Reply) -> str:
+    note = f' <span style="{_QUIET}">{html.escape(NOTES[reply.state])}</span>' if NOTES[reply.state] else ""
+    error = f'<div role="alert">{html.escape(reply.error)}</div>' if reply.error else ""
+    return (
+        f'<div style="flex:1 1 16em;min-width:0"><div style="{_QUIET}">{html.escape(reply.name)}</div>'
+        f'<div style="{_BUBBLE};{_ERROR if error else _REPLY}">{html.escape(reply.text)}{note}{error}</div></div>'
+    )
+
+
+# Markdown
+
+
+def to_markdown(turns: Sequence[Turn], system: str = "") -> str:
+    """The transcript for places without widgets, such as GitHub: one paragraph a message, its text shown literally."""
+    lines = [f"**system:** {markdown_text(system)}"] if system else []
+    for turn in turns:
+        lines.append(f"**you:** {markdown_text(turn.question)}")
+        for reply in turn.replies:
+            said = " ".join(part for part in (markdown_text(reply.text), markdown_text(reply.error)) if part)
+            note = f" *{NOTES[reply.state]}*" if NOTES[reply.state] else ""
+            lines.append(f"**{markdown_text(reply.name)}:** {said}{note}")
+    return "\n\n".join(lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: HTML escaped, punctuation with a meaning in a line escaped, breaks kept."""
+    escaped = re.sub(r"([\\`*_\[\]~|$#])", r"\\\1", html.escape(text, quote=False))
+    return escaped.replace("\n", "<br>")
