@@ -31,7 +31,10 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What SFT is run with. Batch sizes are rows per device; max_length is in tokens."""
+    """What SFT is run with. Batch sizes are rows per device; max_length is in tokens.
+
+    ``early_stopping_patience`` ends training after so many evaluations without a lower dev loss; None never does.
+    """
 
     epochs: int | float
     per_device_batch_size: int
@@ -45,6 +48,7 @@ class TrainingSettings:
     evaluations_per_run: int
     seed: int
     gradient_checkpointing: bool
+    early_stopping_patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -312,6 +316,8 @@ def _broken_rule(field: str, value: Any) -> str:
     """What the value should have been, or an empty string."""
     if field in _AT_LEAST_ONE and not value >= 1:
         return "a value of at least 1"
+    if field == "early_stopping_patience" and value is not None and not value >= 1:
+        return "a value of at least 1, or null"
     if field in {"epochs", "learning_rate"} and not 0 < value < float("inf"):
         return "a value above 0"
     if field in _FRACTIONS and not 0 <= value < 1:
