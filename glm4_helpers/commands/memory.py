@@ -1,0 +1,76 @@
+"""``memory``: how much memory fine-tuning takes, and what fits."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import add_json, add_settings, chosen_profile, show
+
+HELP = "work out how much memory fine-tuning takes, and the largest batch that fits"
+EXAMPLES = """\
+examples:
+  python -m glm4_helpers memory --profile glm-4-9b-lora             each part of the peak on one GPU
+  python -m glm4_helpers memory --profile glm-4-9b-lora --formulas  with the formulas and where they are from
+  python -m glm4_helpers memory --profile glm-4-9b-qlora --gpu-memory 16
+  python -m glm4_helpers memory --profile glm-4-9b-full --gpus 8 --zero 3
+  python -m glm4_helpers memory --profile glm-4-9b-lora --batch 4 --length 1024 --json
+
+Nothing is loaded or measured: this is arithmetic. How far it was off in measurements stands in benchmarks/memory.md."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    parser.add_argument("--batch", type=int, metavar="N", help="rows a device (default: the profile's)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens a row (default: the profile's max_length)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many devices share the work (default: 1)")
+    parser.add_argument(
+        "--zero", type=int, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage; 0 is plain data parallel (default: 0)"
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="gradient checkpointing (default: the profile's)",
+    )
+    parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits (default: the profile's)")
+    parser.add_argument("--device", choices=("gpu", "cpu"), help="what trains (default: gpu)")
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="also find the largest batch that fits in so many GiB"
+    )
+    parser.add_argument("--formulas", action="store_true", help="show each part's formula and its source")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    profile = chosen_profile(arguments)
+    from .. import memory
+
+    setting = memory.setting_of(
+        profile,
+        batch_size=arguments.batch,
+        length=arguments.length,
+        gpus=arguments.gpus,
+        zero_stage=arguments.zero,
+        gradient_checkpointing=arguments.checkpointing,
+        device=arguments.device,
+        quantization=arguments.quantization,
+    )
+    result = memory.estimate(profile, setting)
+    figures, lines = result.as_dict(), [memory.format_estimate(result, arguments.formulas)]
+    if arguments.gpu_memory is not None:
+        batch = memory.largest_batch(profile, arguments.gpu_memory, setting)
+        figures["largest_batch"] = batch
+        lines += ["", _fit(profile, arguments.gpu_memory, setting, batch)]
+    show(arguments, figures, "\n".join(lines))
+    return 0
+
+
+def _fit(profile, gib: float, setting, batch: int) -> str:
+    from .. import memory
+
+    if batch:
+        return f"Largest batch in {gib:g} GiB: {batch}."
+    near = memory.nearest_fit(profile, gib, setting)
+    return f"Not even one row fits in {gib:g} GiB. " + (
+        f"This does: {memory.describe(near)}." if near else "No setting of this profile does."
+    )
