@@ -278,48 +278,48 @@ def _dev_points(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, f
 def checkpoints_figure(checkpoints: Sequence[Mapping[str, Any]]) -> Figure:
     """Dev loss, dev accuracy and stop rate of each checkpoint, the best one marked.
 
-    Each checkpoint is a mapping of step, dev_loss, dev_accuracy and stop_rate (fractions; an accuracy may also be a
-    mapping with low and high); `best`: True marks the best, else the highest accuracy, then the lowest loss, does.
+    `checkpoints` are those of a TrainingResult: mappings of step, dev_loss, dev_token_accuracy, stop_rate (fractions;
+    None where it was not measured) and best. Where all have a dev_accuracy (of whole answers, a fraction or a mapping
+    of accuracy, low and high), that is drawn instead of the tokens'. Without a `best`, the lowest dev loss is.
     """
-    steps = [row["step"] for row in checkpoints]
-    best = best_checkpoint(checkpoints)
+    whole = all(row.get("dev_accuracy") is not None for row in checkpoints)
+    accuracy = ("dev_accuracy", "right dev answers (%)") if whole else ("dev_token_accuracy", "right dev tokens (%)")
     figure, axes = new_figure(10, 3.2, 3)
-    titles = (("dev_loss", "dev loss"), ("dev_accuracy", "dev accuracy"), ("stop_rate", "stop rate"))
-    for axis, (key, title) in zip(axes, titles):
-        scale = 1 if key == "dev_loss" else 100
-        values = [scale * _fraction(row[key]) for row in checkpoints]
-        axis.plot(steps, values, "o-", color=AFTER)
-        _interval_lines(axis, checkpoints, key)
-        axis.plot(steps[best], values[best], "o", color=ACCENT, markersize=11, fillstyle="none", markeredgewidth=2, label="best")
-        axis.set(title=title if scale == 1 else f"{title} (%)", xlabel="step", xticks=steps)
-        axis.tick_params(axis="x", rotation=45 if len(steps) > 5 else 0)
-        axis.grid(axis="y")
-        axis.margins(x=0.12)
-    axes[0].set_ylim(bottom=0)
-    for axis in axes[1:]:
-        axis.set_ylim(0, 105)
+    for axis, (key, title) in zip(axes, (("dev_loss", "dev loss"), accuracy, ("stop_rate", "stop rate (%)"))):
+        _draw_checkpoints(axis, checkpoints, key, title)
     _legend_below(figure, axes[0])
     return figure
 
 
 def best_checkpoint(checkpoints: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the checkpoint marked as best; else of the highest dev accuracy, and among these of the lowest loss."""
+    """Index of the checkpoint marked as best, else of the one with the lowest dev loss."""
     marked = [index for index, row in enumerate(checkpoints) if row.get("best")]
-    order = sorted(
-        range(len(checkpoints)),
-        key=lambda index: (-_fraction(checkpoints[index]["dev_accuracy"]), checkpoints[index]["dev_loss"]),
-    )
-    return (marked or order)[0]
+    return marked[0] if marked else min(range(len(checkpoints)), key=lambda index: checkpoints[index]["dev_loss"])
 
 
-def _fraction(value: float | Mapping[str, float]) -> float:
-    return value["accuracy"] if isinstance(value, Mapping) else value
-
-
-def _interval_lines(axis: Axes, checkpoints: Sequence[Mapping[str, Any]], key: str) -> None:
+def _draw_checkpoints(axis: Axes, checkpoints: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
+    steps = [row["step"] for row in checkpoints]
+    scale = 1 if key == "dev_loss" else 100
+    values = [scale * _fraction(row[key]) for row in checkpoints]
+    best = best_checkpoint(checkpoints)
+    axis.plot(steps, values, "o-", color=AFTER)
     for row in checkpoints:
         if isinstance(row[key], Mapping):
             axis.plot([row["step"]] * 2, [100 * row[key]["low"], 100 * row[key]["high"]], color=AFTER, linewidth=1)
+    ring = {"color": ACCENT, "markersize": 11, "fillstyle": "none", "markeredgewidth": 2}
+    axis.plot(steps[best], values[best], "o", label="best", **ring)
+    axis.set(title=title, xlabel="step", xticks=steps)
+    axis.tick_params(axis="x", rotation=45 if len(steps) > 5 else 0)
+    axis.grid(axis="y")
+    axis.margins(x=0.12)
+    axis.set_ylim(0, None if scale == 1 else 105)
+
+
+def _fraction(value: float | Mapping[str, float] | None) -> float:
+    """The number to draw; what was not measured is a gap."""
+    if value is None:
+        return float("nan")
+    return value["accuracy"] if isinstance(value, Mapping) else value
 
 
 # Model, rows, memory

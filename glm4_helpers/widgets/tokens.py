@@ -199,11 +199,11 @@ def token_view_figure(tokenizer: PreTrainedTokenizerBase, row: Any, terminator: 
     placed = _placed(token_boxes(tokenizer, row, terminator))
     lines = 1 + max(line for *_, line in placed)
     with style():
-        figure, axis = new_figure(9.6, 0.36 * (lines + 1.6))
+        figure, axis = new_figure(9.6, 0.36 * (lines + 0.8))
         for box, left, width, line in placed:
-            _draw_box(axis, box, left, width, (lines - line) * _LINE_HEIGHT)
+            _draw_box(axis, box, left, width, (lines - 1 - line) * _LINE_HEIGHT)
         _draw_legend(axis)
-        axis.set(xlim=(0, _WIDTH), ylim=(-1.2, (lines + 0.9) * _LINE_HEIGHT))
+        axis.set(xlim=(-0.3, _WIDTH + 0.3), ylim=(-0.4, (lines + 0.7) * _LINE_HEIGHT))
         axis.set_axis_off()
         figure.draw_without_rendering()
     return figure
