@@ -70,8 +70,9 @@ def attempted(value: Any) -> bool:
 def prepare_notebook() -> None:
     """Show the course's own errors with their fix, and keep loading bars and messages nobody can act on out of sight.
 
-    The trainer's progress stays. Errors and warnings of the libraries stay too, but for two: bitsandbytes on a kernel
-    that no CPU profile uses, and PEFT 0.21 reading an attribute that transformers 5.23 has renamed.
+    The trainer's progress stays. Errors and warnings of the libraries stay too, but for these: bitsandbytes on a kernel
+    that no CPU profile uses, DeepSpeed on a CPU that it finds no GPU beside, and PEFT 0.21 and TRL 1.16 using a name
+    that transformers 5.23 has changed.
     """
     import datasets
     import transformers
@@ -80,7 +81,9 @@ def prepare_notebook() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # DeepSpeed sets the level of its logger when it is imported, which would undo a level that is set here.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 
 def write_metrics(notebook: str, figures: Mapping[str, float | int | str]) -> Path:
