@@ -102,6 +102,11 @@ def run_notebook(source: Path, target: Path, profile_name: str, clean: bool = Fa
             if not clean:
                 nbformat.write(notebook, target)
             raise _failure(source, target, notebook, error) from error
+        except AssertionError:
+            # nbclient answers Ctrl-C by taking the kernel down, and then misses it.
+            if client.km is not None:
+                raise
+            raise KeyboardInterrupt from None
     if clean:
         make_committable(notebook)
     nbformat.write(notebook, target)
@@ -132,10 +137,13 @@ def _client(notebook, folder: Path, cell_starts):
 
 
 def _environment(profile_name: str) -> dict[str, str]:
-    """The kernel's environment: as a learner has it, so without the command line's own quieting of the libraries."""
+    """The kernel's environment: as a learner has it, so without the command line's own quieting of the libraries,
+    and with this package, whether it is installed or run from its folder."""
     quieted = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
     kept = {name: value for name, value in os.environ.items() if name not in quieted}
-    return {**kept, "GLM4_HOME": str(home()), "GLM4_PROFILE": profile_name, "PYTHONHASHSEED": "0"}
+    package = str(Path(__file__).resolve().parents[2])
+    search = os.pathsep.join(filter(None, [package, kept.get("PYTHONPATH")]))
+    return {**kept, "GLM4_HOME": str(home()), "GLM4_PROFILE": profile_name, "PYTHONPATH": search, "PYTHONHASHSEED": "0"}
 
 
 @contextmanager
@@ -195,8 +203,10 @@ def make_committable(notebook) -> None:
 
 
 def _is_only_widget(output: Mapping[str, Any]) -> bool:
-    """Whether an output is a widget with nothing beside it that GitHub could show."""
-    return WIDGET_VIEW in output.get("data", {}) and set(output["data"]) <= {WIDGET_VIEW, "text/plain"}
+    """Whether an output is a widget whose text says no more than that: `VBox(children=(...` and the like."""
+    data = output.get("data", {})
+    says_nothing = re.match(r"\w+\(", data.get("text/plain", "")) or not data.get("text/plain")
+    return WIDGET_VIEW in data and set(data) <= {WIDGET_VIEW, "text/plain"} and bool(says_nothing)
 
 
 def _cleaned(output):
