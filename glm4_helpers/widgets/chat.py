@@ -5,6 +5,7 @@ Answers come from generation, adapters are switched in speakers, and what was sa
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import math
 import threading
@@ -101,7 +102,7 @@ class ChatBox:
         self._shown_at = -math.inf
         self.last_error: BaseException | None = None
         self._make_widgets()
-        self._show("Ready.")
+        self._show("Ready.", busy=False)
         _open_boxes.add(self)
 
     # What can be read and done from Python
@@ -143,7 +144,7 @@ class ChatBox:
         """Forget the conversation; the settings stay. Ignored while an answer is written."""
         if not self.busy:
             self._turns.clear()
-            self._show("Ready.")
+            self._show("Ready.", busy=False)
 
     def close(self) -> None:
         """Stop, take the adapters off the model again, and remove the widgets. The conversation can still be read."""
@@ -218,7 +219,7 @@ class ChatBox:
         )
         return [ipywidgets.HBox(row, layout=wrap) for row in rows]
 
-    def _show(self, status: str) -> None:
+    def _show(self, status: str, busy: bool = True) -> None:
         """Bring log, status line and buttons up to date."""
         self._shown_at = time.monotonic()
         self._log.value = transcript.to_html(self._turns, self.system.value.strip())
@@ -227,8 +228,8 @@ class ChatBox:
             self._status.value = line
         settings = (self.mode, self.checkpoint, self.temperature, self.length, self.system)
         for widget in (self.send_button, self.clear_button, *settings):
-            widget.disabled = self.busy
-        self.stop_button.disabled = not self.busy
+            widget.disabled = busy
+        self.stop_button.disabled = not busy
 
     # What the widgets say
 
@@ -295,14 +296,16 @@ class ChatBox:
                     turn.replies.append(reply)
                     status = self._write(turn, reply)
         finally:
-            self._idle.set()
-            self._show(status)
+            try:
+                self._show(status, busy=False)
+            finally:
+                self._idle.set()
 
     def _write(self, turn: Turn, reply: Reply) -> str:
         """One reply from its first piece to its end; returns the status line for afterwards."""
         status = "Ready."
         try:
-            self._show(f"{_escaped(reply.name)} is answering.")
+            self._show(f"{html.escape(reply.name)} is answering.")
             with self._speakers.speaking(reply.adapter) as model:
                 messages, dropped = self._fitted(model, turn, reply)
                 if dropped:
@@ -334,7 +337,7 @@ class ChatBox:
                 while True:
                     reply.text += next(pieces)
                     if time.monotonic() - self._shown_at >= SECONDS_BETWEEN_UPDATES:
-                        self._show(f"{_escaped(reply.name)} is answering.")
+                        self._show(f"{html.escape(reply.name)} is answering.")
             except StopIteration as end:
                 reply.text = end.value.text
                 reply.state = self._ending(end.value.stopped, reply.text)
@@ -369,12 +372,6 @@ class _Panel(ipywidgets.VBox):
 def _button(description: str, tooltip: str, button_style: str = "") -> ipywidgets.Button:
     layout = ipywidgets.Layout(width="6em")
     return ipywidgets.Button(description=description, tooltip=tooltip, button_style=button_style, layout=layout)
-
-
-def _escaped(text: str) -> str:
-    import html
-
-    return html.escape(text)
 
 
 def _close_all(widget: ipywidgets.Widget) -> None:
