@@ -153,7 +153,7 @@ def _answers_by_length(
     for long in (False, True):
         chosen = [index for index, length in enumerate(lengths) if (length > 48) == long]
         limit = max_new_tokens if long else min(64, max_new_tokens)
-        wanted = [conversations[index] for index in chosen]
+        wanted = [conversations[index][:-1] for index in chosen]  # without the reference answer
         given |= zip(chosen, answers(model, tokenizer, wanted, max_new_tokens=limit, batch_size=batch_size), strict=True)
     return [given[index] for index in range(len(rows))]
 
