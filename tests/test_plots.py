@@ -217,3 +217,21 @@ def test_an_installed_chinese_font_is_preferred(monkeypatch):
         assert plots.chinese_family() == "WenQuanYi Micro Hei"
     finally:
         plots.chinese_family.cache_clear()
+
+
+# The drawn figures
+
+
+def test_the_drawn_figures_are_there_with_all_their_glyphs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "images"))
+    import draw
+
+    monkeypatch.setattr(draw, "FOLDER", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw.main()
+    for name in draw.FIGURES:
+        committed = (ROOT / "images" / f"{name}.svg").read_text(encoding="utf-8")
+        assert draw.BACKGROUND in committed, "it needs a background of its own in dark themes"
+        assert "<text" not in committed, "text as shapes needs no font on the reader's machine"
+        assert len((tmp_path / f"{name}.svg").read_text(encoding="utf-8")) == pytest.approx(len(committed), rel=0.1)

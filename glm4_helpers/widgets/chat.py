@@ -358,8 +358,8 @@ class ChatBox:
 
 
 _LABEL = {"description_width": "initial"}
-_NARROW = ipywidgets.Layout(flex="1 1 14em", width="auto")
-_SMALL = ipywidgets.Layout(width="13em")
+_NARROW = ipywidgets.Layout(flex="1 1 12em", width="auto")
+_SMALL = ipywidgets.Layout(width="11.5em")
 
 
 class _Panel(ipywidgets.VBox):

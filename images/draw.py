@@ -1,0 +1,135 @@
+"""Draws the figures of the course that are not measured: data flow, chat format and LoRA.
+
+    python images/draw.py
+
+Writes images/*.svg with text as shapes, so that they look the same everywhere, Chinese included. Each has a light
+background of its own and so reads the same in dark themes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from glm4_helpers.plots import ACCENT, AFTER, BACKGROUND, BEFORE, SHIPPED_FAMILY, SHIPPED_FONT, TEXT, style
+
+FOLDER = Path(__file__).resolve().parent
+GREEN, PURPLE = "#3d8b5f", "#8659a8"
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """Axes in inches, without ticks."""
+    figure = Figure(figsize=(width, height), facecolor=BACKGROUND)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def _box(axes: Axes, left: float, bottom: float, width: float, height: float, text: str, colour: str, **font) -> None:
+    """A rounded box with text in its middle; the fill is a pale form of the edge's colour."""
+    shape = "round,pad=0,rounding_size=0.07"
+    axes.add_patch(FancyBboxPatch((left, bottom), width, height, shape, facecolor=colour + "26", edgecolor=colour))
+    axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", **{"size": 9.5} | font)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = TEXT) -> None:
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, shrinkA=2, shrinkB=2))
+
+
+def data_flow() -> Figure:
+    """One row's way through the modules, in the order of the notebooks."""
+    figure, axes = _canvas(10.4, 3.5)
+    above = (("rows", "data/train.json", GREEN), ("messages", "datasets", GREEN), ("token ids, labels", "chat_format", GREEN))
+    below = (
+        ("trainer", "training (TRL)", AFTER), ("adapter", "outputs/", ACCENT), ("answers", "generation", AFTER),
+        ("scores, plots, chat", "evaluation, plots, widgets", PURPLE),
+    )  # fmt: skip
+    _two_lines(axes, 0.3, 2.3, "profile", "profiles", BEFORE)
+    _two_lines(axes, 0.3, 0.5, "tokenizer, base model", "models", BEFORE)
+    for place, (title, module, colour) in enumerate(above):
+        _two_lines(axes, 2.9 + 2.5 * place, 2.3, title, module, colour)
+        _arrow(axes, (2.4 + 2.5 * place - (0.1 if place == 0 else 0), 2.65), (2.9 + 2.5 * place, 2.65))
+    for place, (title, module, colour) in enumerate(below):
+        left = 2.75 + 1.95 * place
+        width = 1.5 if place < 3 else 1.65
+        _two_lines(axes, left, 0.5, title, module, colour, width)
+        _arrow(axes, (2.3 if place == 0 else left - 0.45, 0.85), (left, 0.85))
+    _arrow(axes, (1.3, 2.3), (1.3, 1.2))
+    axes.plot([8.9, 8.9, 3.5], [2.3, 1.75, 1.75], color=TEXT, linewidth=1.2)
+    _arrow(axes, (3.5, 1.78), (3.5, 1.2))
+    return figure
+
+
+def _two_lines(axes: Axes, left: float, bottom: float, title: str, module: str, colour: str, width: float = 2.0) -> None:
+    _box(axes, left, bottom, width, 0.7, "", colour)
+    axes.text(left + width / 2, bottom + 0.45, title, ha="center", va="center", size=10)
+    axes.text(left + width / 2, bottom + 0.2, module, ha="center", va="center", size=7.5, alpha=0.8)
+
+
+def chat_format() -> Figure:
+    """A conversation of two turns as GLM-4 reads it: which token is placed by whom, and which are trained."""
+    figure, axes = _canvas(10.4, 3.3)
+    turns = (
+        (2.45, (("[gMASK]", BEFORE, False), ("<sop>", BEFORE, False))),
+        (1.75, (("<|user|>", GREEN, False), ("↵ 大象的英文是什么？", GREEN, False), ("<|assistant|>", AFTER, False), ("↵ elephant。", AFTER, True))),
+        (1.05, (("<|user|>", GREEN, "end"), ("↵ 老虎呢？", GREEN, False), ("<|assistant|>", AFTER, False), ("↵ tiger。", AFTER, True), ("<|endoftext|>", ACCENT, True))),
+    )  # fmt: skip
+    widths = {"↵ 大象的英文是什么？": 2.5, "↵ 老虎呢？": 1.6, "↵ elephant。": 1.5, "↵ tiger。": 1.2}
+    for bottom, pieces in turns:
+        left = 0.3
+        for text, colour, trained in pieces:
+            width = widths.get(text, 1.35)
+            _box(axes, left, bottom, width, 0.42, text, colour)
+            if trained:
+                axes.plot([left + 0.05, left + width - 0.05], [bottom - 0.07] * 2, color=ACCENT, linewidth=4, solid_capstyle="butt")
+            if trained == "end":
+                axes.text(left + width / 2, bottom - 0.2, "label: <|endoftext|>", ha="center", va="center", size=7)
+            left += width + 0.12
+    axes.text(1.95 + 1.3, 2.66, "prefix, once; the tokenizer's own way of beginning", va="center", size=8.5)
+    axes.plot([0.3, 0.75], [0.42] * 2, color=ACCENT, linewidth=4, solid_capstyle="butt")
+    axes.text(0.9, 0.42, "trained: the answers with their newline and their end. All else is context (label -100).", va="center", size=8.5)
+    axes.text(0.3, 3.08, "大象的英文是什么？ What is ‘elephant’ in English?    老虎呢？ And tiger?    ↵ newline", va="center", size=8.5)
+    return figure
+
+
+def lora() -> Figure:
+    """One linear layer with LoRA: a frozen matrix beside two thin ones that are trained."""
+    figure, axes = _canvas(10.4, 3.9)
+    _box(axes, 0.4, 1.55, 0.9, 0.8, "x\n4096", BEFORE)
+    _box(axes, 2.6, 2.1, 2.6, 1.5, "W, frozen\n4096 × 4096\n16,777,216 parameters", BEFORE)
+    _box(axes, 2.6, 0.45, 1.3, 0.8, "A, trained\n8 × 4096", ACCENT)
+    _box(axes, 5.0, 0.45, 1.3, 0.8, "B, trained\n4096 × 8", ACCENT)
+    _box(axes, 7.1, 1.75, 0.5, 0.5, "+", AFTER, size=14)
+    _box(axes, 8.5, 1.55, 1.4, 0.8, "Wx + (α/r)·BAx", AFTER)
+    _arrow(axes, (1.3, 2.05), (2.6, 2.85))
+    _arrow(axes, (1.3, 1.85), (2.6, 0.85))
+    _arrow(axes, (3.9, 0.85), (5.0, 0.85))
+    axes.text(4.45, 1.0, "8 numbers", ha="center", size=8)
+    _arrow(axes, (5.2, 2.85), (7.1, 2.1))
+    _arrow(axes, (6.3, 0.85), (7.1, 1.9))
+    _arrow(axes, (7.6, 2.0), (8.5, 2.0))
+    axes.text(6.75, 1.05, "× α/r", ha="left", size=9)
+    axes.text(2.6, 0.15, "r = 8: 65,536 parameters, 0.4 % of W. B starts at zero, so training begins at the base model.", va="center", size=8.5)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {"data_flow": data_flow, "chat_format": chat_format, "lora": lora}
+
+
+def main() -> None:
+    """Draw all figures, always with the shipped font and fixed ids: the same code gives the same files."""
+    matplotlib.font_manager.fontManager.addfont(SHIPPED_FONT)
+    settings = {"font.family": ["DejaVu Sans", SHIPPED_FAMILY], "svg.fonttype": "path", "svg.hashsalt": "course"}
+    for name, draw in FIGURES.items():
+        with style(), matplotlib.rc_context(settings):
+            draw().savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
