@@ -60,7 +60,7 @@ class PretrainingSettings:
     key_value_heads: int = 2
     block: int = 256
     blocks_per_step: int = 16
-    epochs: int = 2
+    epochs: int = 1
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     cooldown_fraction: float = 0.4
