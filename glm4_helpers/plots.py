@@ -160,7 +160,8 @@ def kinds_figure(result: Mapping[str, Any]) -> Figure:
     """
     sets = {name: scored for name, scored in result["after"]["sets"].items() if scored["kinds"]}
     kinds = sorted({kind for scored in sets.values() for kind in scored["kinds"]}, key=kind_label)
-    figure, axes = new_figure(3.2 + 2.2 * len(sets), 1.2 + 0.27 * len(kinds), max(1, len(sets)), sharey=True, squeeze=False)
+    width, height = 3.2 + 2.2 * len(sets), 1.2 + 0.27 * len(kinds)
+    figure, axes = new_figure(width, height, max(1, len(sets)), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], sets):
         for row, kind in enumerate(kinds):
             _dots(axis, row, result["before"]["sets"][name]["kinds"].get(kind), sets[name]["kinds"].get(kind))
@@ -235,7 +236,9 @@ def _legend_below(figure: Figure, axis: Axes) -> None:
 
 @_figure
 def loss_figure(
-    log_history: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, float]] | None = None, total_steps: int | None = None
+    log_history: Sequence[Mapping[str, Any]],
+    dev: Sequence[Mapping[str, float]] | None = None,
+    total_steps: int | None = None,
 ) -> Figure:
     """Training loss by step, as logged and smoothed, with the dev loss where it was measured.
 

@@ -44,58 +44,77 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 def data_flow() -> Figure:
     """One row's way through the modules, in the order of the notebooks."""
-    figure, axes = _canvas(10.4, 3.5)
-    above = (("rows", "data/train.json", GREEN), ("messages", "datasets", GREEN), ("token ids, labels", "chat_format", GREEN))
+    figure, axes = _canvas(10.6, 1.9 + 1.3)
+    above = (("rows", "data/train.json"), ("messages", "datasets"), ("token ids, labels", "chat_format"))
     below = (
         ("trainer", "training (TRL)", AFTER), ("adapter", "outputs/", ACCENT), ("answers", "generation", AFTER),
         ("scores, plots, chat", "evaluation, plots, widgets", PURPLE),
     )  # fmt: skip
-    _two_lines(axes, 0.3, 2.3, "profile", "profiles", BEFORE)
-    _two_lines(axes, 0.3, 0.5, "tokenizer, base model", "models", BEFORE)
-    for place, (title, module, colour) in enumerate(above):
-        _two_lines(axes, 2.9 + 2.5 * place, 2.3, title, module, colour)
-        _arrow(axes, (2.4 + 2.5 * place - (0.1 if place == 0 else 0), 2.65), (2.9 + 2.5 * place, 2.65))
+    _step(axes, 0.3, 2.15, "profile", "profiles", BEFORE)
+    _step(axes, 0.3, 0.35, "tokenizer, base model", "models", BEFORE)
+    for place, (title, module) in enumerate(above):
+        _step(axes, 2.9 + 2.5 * place, 2.15, title, module, GREEN)
+        _arrow(axes, (2.3 if place == 0 else 2.4 + 2.5 * place, 2.5), (2.9 + 2.5 * place, 2.5))
     for place, (title, module, colour) in enumerate(below):
         left = 2.75 + 1.95 * place
-        width = 1.5 if place < 3 else 1.65
-        _two_lines(axes, left, 0.5, title, module, colour, width)
-        _arrow(axes, (2.3 if place == 0 else left - 0.45, 0.85), (left, 0.85))
-    _arrow(axes, (1.3, 2.3), (1.3, 1.2))
-    axes.plot([8.9, 8.9, 3.5], [2.3, 1.75, 1.75], color=TEXT, linewidth=1.2)
-    _arrow(axes, (3.5, 1.78), (3.5, 1.2))
+        _step(axes, left, 0.35, title, module, colour, 1.5 if place < 3 else 1.7)
+        _arrow(axes, (2.3 if place == 0 else left - 0.45, 0.7), (left, 0.7))
+    _arrow(axes, (1.3, 2.15), (1.3, 1.05))
+    axes.plot([8.9, 8.9, 3.5], [2.15, 1.6, 1.6], color=TEXT, linewidth=1.2)
+    _arrow(axes, (3.5, 1.63), (3.5, 1.05))
     return figure
 
 
-def _two_lines(axes: Axes, left: float, bottom: float, title: str, module: str, colour: str, width: float = 2.0) -> None:
+def _step(
+    axes: Axes, left: float, bottom: float, title: str, module: str, colour: str, width: float = 2.0
+) -> None:
+    """A box with what flows and the module that makes it."""
     _box(axes, left, bottom, width, 0.7, "", colour)
     axes.text(left + width / 2, bottom + 0.45, title, ha="center", va="center", size=10)
-    axes.text(left + width / 2, bottom + 0.2, module, ha="center", va="center", size=7.5, alpha=0.8)
+    axes.text(left + width / 2, bottom + 0.2, module, ha="center", va="center", size=7.5)
+
+
+PIECES = (
+    (2.45, (("[gMASK]", 1.35, BEFORE), ("<sop>", 1.35, BEFORE))),
+    (1.75, (
+        ("<|user|>", 1.35, GREEN), ("↵ 大象的英文是什么？", 2.5, GREEN), ("<|assistant|>", 1.35, AFTER),
+        ("↵ elephant。", 1.5, AFTER),
+    )),
+    (1.05, (
+        ("<|user|>", 1.35, GREEN), ("↵ 老虎呢？", 1.6, GREEN), ("<|assistant|>", 1.35, AFTER), ("↵ tiger。", 1.2, AFTER),
+        ("<|endoftext|>", 1.35, ACCENT),
+    )),
+)  # fmt: skip
+"""Bottom of each line, then its pieces: text, width and colour."""
+
+TRAINED = {(1.75, 3), (1.05, 0), (1.05, 3), (1.05, 4)}
+"""Pieces that the loss looks at, by bottom and place: answers, and what stands where they end."""
 
 
 def chat_format() -> Figure:
-    """A conversation of two turns as GLM-4 reads it: which token is placed by whom, and which are trained."""
+    """A conversation of two turns as GLM-4 reads it, and which of its tokens are trained."""
     figure, axes = _canvas(10.4, 3.3)
-    turns = (
-        (2.45, (("[gMASK]", BEFORE, False), ("<sop>", BEFORE, False))),
-        (1.75, (("<|user|>", GREEN, False), ("↵ 大象的英文是什么？", GREEN, False), ("<|assistant|>", AFTER, False), ("↵ elephant。", AFTER, True))),
-        (1.05, (("<|user|>", GREEN, "end"), ("↵ 老虎呢？", GREEN, False), ("<|assistant|>", AFTER, False), ("↵ tiger。", AFTER, True), ("<|endoftext|>", ACCENT, True))),
-    )  # fmt: skip
-    widths = {"↵ 大象的英文是什么？": 2.5, "↵ 老虎呢？": 1.6, "↵ elephant。": 1.5, "↵ tiger。": 1.2}
-    for bottom, pieces in turns:
+    for bottom, pieces in PIECES:
         left = 0.3
-        for text, colour, trained in pieces:
-            width = widths.get(text, 1.35)
+        for place, (text, width, colour) in enumerate(pieces):
             _box(axes, left, bottom, width, 0.42, text, colour)
-            if trained:
-                axes.plot([left + 0.05, left + width - 0.05], [bottom - 0.07] * 2, color=ACCENT, linewidth=4, solid_capstyle="butt")
-            if trained == "end":
-                axes.text(left + width / 2, bottom - 0.2, "label: <|endoftext|>", ha="center", va="center", size=7)
+            if (bottom, place) in TRAINED:
+                _underline(axes, left + 0.05, left + width - 0.05, bottom - 0.07)
             left += width + 0.12
-    axes.text(1.95 + 1.3, 2.66, "prefix, once; the tokenizer's own way of beginning", va="center", size=8.5)
-    axes.plot([0.3, 0.75], [0.42] * 2, color=ACCENT, linewidth=4, solid_capstyle="butt")
-    axes.text(0.9, 0.42, "trained: the answers with their newline and their end. All else is context (label -100).", va="center", size=8.5)
-    axes.text(0.3, 3.08, "大象的英文是什么？ What is ‘elephant’ in English?    老虎呢？ And tiger?    ↵ newline", va="center", size=8.5)
+    _note(axes, 3.35, 2.66, "prefix, once; the tokenizer's own way of beginning")
+    _note(axes, 0.47, 0.85, "label: <|endoftext|>", 7)
+    _underline(axes, 0.3, 0.75, 0.42)
+    _note(axes, 0.9, 0.42, "trained: the answers with their newline and their end. All else is context (label -100).")
+    _note(axes, 0.3, 3.08, "大象的英文是什么？ What is ‘elephant’ in English?    老虎呢？ And tiger?    ↵ newline")
     return figure
+
+
+def _underline(axes: Axes, left: float, right: float, height: float) -> None:
+    axes.plot([left, right], [height] * 2, color=ACCENT, linewidth=4, solid_capstyle="butt")
+
+
+def _note(axes: Axes, left: float, middle: float, text: str, size: float = 8.5) -> None:
+    axes.text(left, middle, text, va="center", size=size)
 
 
 def lora() -> Figure:
@@ -107,15 +126,14 @@ def lora() -> Figure:
     _box(axes, 5.0, 0.45, 1.3, 0.8, "B, trained\n4096 × 8", ACCENT)
     _box(axes, 7.1, 1.75, 0.5, 0.5, "+", AFTER, size=14)
     _box(axes, 8.5, 1.55, 1.4, 0.8, "Wx + (α/r)·BAx", AFTER)
-    _arrow(axes, (1.3, 2.05), (2.6, 2.85))
-    _arrow(axes, (1.3, 1.85), (2.6, 0.85))
-    _arrow(axes, (3.9, 0.85), (5.0, 0.85))
-    axes.text(4.45, 1.0, "8 numbers", ha="center", size=8)
-    _arrow(axes, (5.2, 2.85), (7.1, 2.1))
-    _arrow(axes, (6.3, 0.85), (7.1, 1.9))
-    _arrow(axes, (7.6, 2.0), (8.5, 2.0))
-    axes.text(6.75, 1.05, "× α/r", ha="left", size=9)
-    axes.text(2.6, 0.15, "r = 8: 65,536 parameters, 0.4 % of W. B starts at zero, so training begins at the base model.", va="center", size=8.5)
+    for start, end in (
+        ((1.3, 2.05), (2.6, 2.85)), ((1.3, 1.85), (2.6, 0.85)), ((3.9, 0.85), (5.0, 0.85)), ((5.2, 2.85), (7.1, 2.1)),
+        ((6.3, 0.85), (7.1, 1.9)), ((7.6, 2.0), (8.5, 2.0)),
+    ):  # fmt: skip
+        _arrow(axes, start, end)
+    _note(axes, 4.13, 1.05, "8 numbers", 8)
+    _note(axes, 6.75, 1.05, "× α/r")
+    _note(axes, 2.6, 0.15, "r = 8: 65,536 parameters, 0.4 % of W. B starts at zero: training begins at the base model.")
     return figure
 
 

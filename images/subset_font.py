@@ -25,7 +25,8 @@ def characters() -> set[str]:
     codes = (bytes([row + 0x80, cell + 0x80]) for row in rows for cell in range(0x21, 0x7F))
     standard = "".join(code.decode("gb2312", "ignore") for code in codes)
     data = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "data").rglob("*.json"))]
-    return {character for character in standard + "".join(data) if character.isprintable()} | {chr(c) for c in range(32, 127)}
+    ascii_characters = "".join(map(chr, range(32, 127)))
+    return {character for character in ascii_characters + standard + "".join(data) if character.isprintable()}
 
 
 def main(source: str) -> None:

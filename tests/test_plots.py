@@ -198,10 +198,9 @@ print(plots.chinese_family())
 def test_without_any_chinese_font_the_shipped_one_is_used(tmp_path):
     """A new process whose matplotlib knows its own fonts only; a missing glyph would be an error."""
     picture = Path(os.environ.get("GLM4_SCREENSHOTS") or tmp_path) / "plot_without_chinese_font.png"
-    finished = subprocess.run(
-        [sys.executable, "-c", WITHOUT_CHINESE_FONT, str(picture)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
-    )  # fmt: skip
+    command = [sys.executable, "-c", WITHOUT_CHINESE_FONT, str(picture)]
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == plots.SHIPPED_FAMILY
     assert picture.stat().st_size > 20_000

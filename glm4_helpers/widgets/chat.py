@@ -126,7 +126,10 @@ class ChatBox:
         return not self._idle.is_set()
 
     def send(self, text: str, wait: bool = False) -> None:
-        """Ask something, as if it were typed and sent. Blank text, and anything while an answer is written, is ignored."""
+        """Ask something, as if it were typed and sent; `wait` returns when the answers are there.
+
+        Blank text is ignored, and so is anything while an answer is written.
+        """
         if text.strip() and self._begin():
             self._ask(text.strip())
         if wait:
@@ -182,8 +185,9 @@ class ChatBox:
     def _make_settings(self, wide: ipywidgets.Layout) -> None:
         names = self._speakers.adapters
         self.mode = ipywidgets.Dropdown(
-            options=[SIDE_BY_SIDE, TUNED, BASE] if names else [BASE], description="Answers", layout=_NARROW, style=_LABEL
-        )
+            options=[SIDE_BY_SIDE, TUNED, BASE] if names else [BASE], description="Answers", layout=_NARROW,
+            style=_LABEL,
+        )  # fmt: skip
         self.checkpoint = ipywidgets.Dropdown(
             options=names or ["none"], value=(names or ["none"])[-1], description="Checkpoint", layout=_NARROW,
             style=_LABEL,

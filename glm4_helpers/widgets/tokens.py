@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat_format import IGNORE, PREFIX, ROLES, TERMINATOR, encode
 from ..datasets import to_messages
-from ..plots import BACKGROUND, TEXT, new_figure, style
+from ..plots import BACKGROUND, new_figure, style
 
 ROLE_COLOURS = {
     "prefix": "#8a94a6",
@@ -240,9 +240,11 @@ def _draw_box(axis: Axes, box: TokenBox, left: float, width: float, bottom: floa
     )  # fmt: skip
     axis.add_patch(shape)
     if box.trained:
-        axis.plot([left + 0.2, left + width - 0.2], [bottom - 0.05] * 2, color=TRAINED, linewidth=3, solid_capstyle="butt")
-    axis.text(left + width / 2, bottom + 0.62 * height, _plain(box.text), ha="center", va="center", size=8.5)
-    axis.text(left + width / 2, bottom + 0.22 * height, _plain(_below(box)), ha="center", va="center", size=5.5, color=TEXT)
+        line = {"color": TRAINED, "linewidth": 3, "solid_capstyle": "butt"}
+        axis.plot([left + 0.2, left + width - 0.2], [bottom - 0.05] * 2, **line)
+    middle = {"ha": "center", "va": "center"}
+    axis.text(left + width / 2, bottom + 0.62 * height, _plain(box.text), size=8.5, **middle)
+    axis.text(left + width / 2, bottom + 0.22 * height, _plain(_below(box)), size=5.5, **middle)
 
 
 def _draw_legend(axis: Axes) -> None:
