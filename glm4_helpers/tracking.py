@@ -6,9 +6,12 @@ What is logged comes from training; runs are kept in outputs/swanlog.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +61,10 @@ def start_run(
 
     folder = Path(directory) if directory is not None else outputs_dir("swanlog")
     again = {"id": earlier["id"], "resume": "allow"} if mode == "cloud" and earlier and earlier["mode"] == mode else {}
+    options = {"project": project, "name": name, "log_dir": str(folder), "config": dict(config or {}), **again}
     try:
-        swanlab.merge_settings(swanlab.Settings(**_quiet(swanlab)))
-        run = swanlab.init(
-            reinit=True, mode=MODES[mode], project=project, name=name, log_dir=str(folder), config=dict(config or {}), **again
-        )
+        with _banner(mode):
+            run = swanlab.init(reinit=True, mode=MODES[mode], settings=_settings(swanlab), **options)
     except Exception as error:  # what SwanLab raises differs by cause: no key, no network, its own HTTP errors
         if mode != "cloud":
             raise
@@ -122,12 +124,19 @@ def replay(
         shutil.rmtree(earlier["folder"], ignore_errors=True)
 
 
-def finish(error: str | None = None) -> None:
-    """End the active run, as crashed where ``error`` says why; nothing without one."""
+def finish(error: BaseException | None = None) -> None:
+    """End the active run, as crashed or aborted where ``error`` ended training; nothing without a run."""
     import swanlab
 
-    if swanlab.has_run():
-        swanlab.finish(state="crashed" if error else "success", error=error)
+    if not swanlab.has_run():
+        return
+    with _banner(swanlab.get_run().mode):
+        if error is None:
+            swanlab.finish()
+        elif isinstance(error, KeyboardInterrupt):
+            swanlab.finish(state="aborted")
+        else:
+            swanlab.finish(state="crashed", error=f"{type(error).__name__}: {error}")
 
 
 def _check(mode: str) -> None:
@@ -159,10 +168,25 @@ def _has_key() -> bool:
     return bool(swanlab.Settings().api_key)
 
 
-def _quiet(swanlab: Any) -> dict[str, Any]:
-    """Settings that leave the terminal alone and keep host name, folders and git remotes out of the run."""
-    return {
-        "interactive": False,
-        "terminal": swanlab.Settings.Terminal(proxy_type="none"),
-        "probe": swanlab.Settings.Probe(runtime=False, git=False, requirements=False, conda=False),
-    }
+def _settings(swanlab: Any) -> Any:
+    """Settings that never prompt, leave the terminal alone, and keep host name, folders and git remotes out."""
+    return swanlab.Settings(
+        interactive=False,
+        terminal=swanlab.Settings.Terminal(proxy_type="none"),
+        probe=swanlab.Settings.Probe(runtime=False, git=False, requirements=False, conda=False),
+    )
+
+
+@contextmanager
+def _banner(mode: str) -> Iterator[None]:
+    """Let SwanLab's lines through where they hold the address of the run; elsewhere they only name a folder."""
+    if mode in ("cloud", "online"):
+        yield
+    elif "IPython" in sys.modules:  # SwanLab prints to a notebook as rich output, past standard output
+        from IPython.utils.capture import capture_output
+
+        with capture_output():
+            yield
+    else:
+        with redirect_stdout(io.StringIO()):
+            yield
