@@ -326,7 +326,7 @@ def check_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profi
     config = _read_adapter_config(adapter_dir)
     _check_facts(adapter_dir, profile)
     matched = check_target_modules(base_model, config.target_modules)
-    tensors = _lora_tensors(adapter_dir)
+    tensors = lora_tensors(adapter_dir)
     _check_modules_present(adapter_dir, matched, tensors)
     _check_module_count(base_model, adapter_dir, matched, profile)
     _check_shapes(base_model, adapter_dir, tensors, config.r)
@@ -412,7 +412,7 @@ def _check_facts(adapter_dir: Path, profile: Profile) -> None:
         )
 
 
-def _lora_tensors(adapter_dir: Path) -> dict[str, torch.Tensor]:
+def lora_tensors(adapter_dir: Path) -> dict[str, torch.Tensor]:
     """LoRA's matrices by their name in the base model, such as model.layers.0.self_attn.q_proj.lora_A."""
     with safe_open(adapter_dir / "adapter_model.safetensors", framework="pt") as file:
         names = [name for name in file.keys() if ".lora_A." in name or ".lora_B." in name]

@@ -1,0 +1,45 @@
+"""``export``: adapter and base model merged into a folder that other tools can serve."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import adapter_folder, add_json, add_settings, chosen_profile, show
+
+HELP = "merge the adapter into the base model, and certify that the result answers the same"
+EXAMPLES = """\
+examples:
+  python -m glm4_helpers export                                  to outputs/PROFILE/merged
+  python -m glm4_helpers export --profile glm-4-9b-lora --output /data/my-glm
+  python -m glm4_helpers export --check outputs/glm4-nano/merged      certify a folder again
+
+The folder holds bfloat16 weights, tokenizer, chat template, stop ids, a certificate, and a README with commands for
+`transformers serve`, vLLM and PEFT. It appears only if 32 prompts are answered as base model and adapter answer them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="the adapter (default: the one that train made)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, metavar="FOLDER", help="where to (default: outputs/PROFILE/merged)")
+    where.add_argument("--check", type=Path, metavar="FOLDER", help="only certify a folder that was exported before")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    profile = chosen_profile(arguments)
+    from dataclasses import asdict
+
+    from .. import export
+    from ..paths import outputs_dir
+
+    adapter = adapter_folder(arguments, profile)
+    if arguments.check:
+        folder = arguments.check
+        certificate = export.certify(profile, adapter, folder)
+    else:
+        folder = arguments.output or outputs_dir(profile.name) / "merged"
+        certificate = export.export(profile, adapter, folder)
+    show(arguments, {"folder": str(folder), **asdict(certificate)}, f"{certificate}\nCertified: {folder}")
+    return 0
