@@ -168,7 +168,7 @@ def test_solution_is_shown_right(path):
 @pytest.mark.parametrize("name", STEMS)
 def test_solution_answers_to_the_checks_of_the_notebook(name):
     def checks(path):
-        calls = [cell.source[cell.source.index("check(") :] for cell in code_cells(read(path)) if "\ncheck(" in cell.source]
+        calls = [cell.source[cell.source.index("\ncheck(") :].strip() for cell in code_cells(read(path)) if "\ncheck(" in cell.source]
         return sorted(calls)
 
     assert checks(FOLDER / f"{name}.ipynb") == checks(FOLDER / "solutions" / f"{name}.ipynb")
