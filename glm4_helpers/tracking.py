@@ -104,16 +104,16 @@ def log_answers(record: Mapping[str, Any]) -> None:
 def replay(
     log_history: Sequence[Mapping[str, Any]],
     answered: Sequence[Mapping[str, Any]],
-    earlier: Mapping[str, Any] | None,
+    earlier: Mapping[str, Any],
 ) -> None:
     """Log again what came before an interruption, so that one run holds all of it; drop the interrupted run's files.
 
-    SwanLab can continue a run in the cloud only, and that one already has everything.
+    ``earlier`` are the interrupted run's settings. SwanLab continues runs in the cloud only, where nothing is lost.
     """
     import swanlab
     from swanlab.integration.transformers import rewrite_logs
 
-    if earlier is None or earlier["mode"] == "cloud":
+    if earlier["mode"] == "cloud":
         return
     for step in sorted({row["step"] for row in log_history} | {record["step"] for record in answered}):
         for row in (row for row in log_history if row["step"] == step):

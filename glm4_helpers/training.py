@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -28,7 +28,6 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
-from trl import SFTConfig, SFTTrainer
 
 from . import models, tracking
 from .callbacks import (
@@ -45,6 +44,9 @@ from .environment import machine
 from .errors import CourseError, SettingError
 from .paths import home, outputs_dir
 from .profiles import Profile, profile_settings
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, SFTTrainer  # slow to import, and not needed to load what is finished
 
 TRAINING_FILE = "training.json"
 ANSWERS_FILE = "answers.json"
@@ -98,10 +100,13 @@ def lora_config(profile: Profile) -> LoraConfig:
 
 def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | None = None) -> SFTConfig:
     """TRL's settings for the profile; checkpoints go to ``output_dir``. ``dtype`` is that of the loaded weights."""
+    from trl import SFTConfig
+
     chosen = profile.training
     dtype = dtype or models.resolve_dtype(profile.dtype)
     on_gpu = models.default_device().type == "cuda"
     looks = "steps" if chosen.evaluations_per_run else "no"
+    # Below 1 these are shares of the run; 1 itself would be every step.
     share = 1 / chosen.evaluations_per_run if chosen.evaluations_per_run > 1 else 0.999999
     return SFTConfig(
         output_dir=str(output_dir),
@@ -151,10 +156,16 @@ def build_trainer(
 ) -> SFTTrainer:
     """A stock SFTTrainer for rows with ``input_ids`` and ``labels``, as ``datasets.encode_rows`` gives them.
 
-    The LoRA modules are put onto ``model`` here. ``config`` None means ``sft_config(profile, output_dir)``. Without dev rows there are checkpoints but no evaluation.
+    The LoRA modules are put onto ``model`` here. ``config`` None means ``sft_config(profile, output_dir)``.
+    Without dev rows there are checkpoints but no evaluation.
     Raises ModelError for LoRA targets that the model does not have.
     """
+    from trl import SFTTrainer
+
     config = config or sft_config(profile, output_dir, model.dtype)
+    if profile.training.evaluations_per_run:  # as whole steps: with shares, resuming warns of changed settings
+        steps = math.ceil(_total_steps(config, len(train_rows)) / profile.training.evaluations_per_run)
+        config.eval_steps = config.save_steps = steps
     if dev_rows is None or len(dev_rows) == 0:
         dev_rows, config.eval_strategy, config.load_best_model_at_end = None, "no", False
     if profile.lora is not None:
@@ -173,12 +184,18 @@ def build_trainer(
     return trainer
 
 
+def _total_steps(config: SFTConfig, rows: int) -> int:
+    """Optimizer steps of a whole run, as the trainer counts them."""
+    batches = math.ceil(rows / (config.per_device_train_batch_size * config.world_size))
+    return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
+
+
 # Rows
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What one run learns from: encoded rows, questions for the checkpoints, and fingerprints of it all."""
+    """What one run learns from: encoded rows, and the questions it answers at checkpoints."""
 
     train: Dataset
     dev: Dataset | None
@@ -187,10 +204,16 @@ class _Rows:
 
 def _messages(profile: Profile) -> tuple[Dataset, Dataset | None]:
     """Training and dev conversations of the profile."""
-    rows = load_messages(profile.train_data)
+    rows = load_messages(_source(profile.train_data))
     if profile.dev_data is not None:
-        return rows, load_messages(profile.dev_data)
+        return rows, load_messages(_source(profile.dev_data))
     return split(rows, profile.dev_fraction, profile.training.seed) if profile.dev_fraction else (rows, None)
+
+
+def _source(data: str) -> str | Path:
+    """A profile's paths count from the course folder, whatever the working folder is; the rest are hub ids."""
+    path = home() / data
+    return path if path.exists() else data
 
 
 def _rows(profile: Profile, tokenizer: PreTrainedTokenizerBase, train: Dataset, dev: Dataset | None) -> _Rows:
@@ -232,8 +255,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What separates two runs, in words; empty where nothing that matters does."""
     old, new = _flat(before), _flat(now)
     names = [name for name in {**old, **new} if name.removeprefix("profile.") not in _NO_EFFECT]
-    changed = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
-    return "; ".join(changed)
+    changed = [name for name in names if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -272,7 +295,7 @@ def train(
     output = _output(profile, output_dir)
     models.check_weights(models.base_folder(profile), profile)
     messages = _messages(profile)
-    with _sole_use(output):
+    with _sole_use(output), _without_known_warnings():
         facts = _facts(profile, *messages)
         start = _shared(lambda: _start(profile, output / "checkpoints", facts, resume))
         return _train(profile, output, messages, facts, start, tracking_mode, callbacks)
@@ -291,7 +314,7 @@ def train_or_load(
     Says in one line which of the two it is and why. ``force`` trains from the start whatever is there.
     """
     adapter_dir = default_adapter_dir(profile, output_dir)
-    reason = "asked for" if force else _why_train(profile, adapter_dir)
+    reason = "asked for" if force else why_train(profile, adapter_dir)
     if not reason:
         result = _load_result(adapter_dir)
         _say(f"Loaded the adapter in {_shown(adapter_dir)}: settings, rows, base model and versions are the same.")
@@ -324,8 +347,7 @@ def _train(
     with _tracked(profile, output, start, tracking_mode) as tracker:
         own = [marking, answering, *stopping, *filter(None, [tracker, progress()])]
         trainer = build_trainer(model, tokenizer, rows.train, rows.dev, profile, work, [*own, *callbacks], config)
-        with _without_known_warnings():
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         models.set_stop_ids(trainer.model, tokenizer)
     result = _result(trainer, output, profile, marking.seconds, answering.records, start)
     _finish(trainer, profile, result, facts, work)
@@ -341,18 +363,20 @@ def _tracked(profile: Profile, output: Path, start: _Start, mode: str) -> Iterat
     run = tracking.start_run(mode, name=profile.name, config=profile_settings(profile), earlier=start.tracked)
     run_file = output / "checkpoints" / RUN_FILE
     write_json(run_file, {**read_json(run_file), "tracking": run.settings()})
-    if start.checkpoint is not None:
-        tracking.replay(*_history(start.checkpoint), earlier=start.tracked)
+    if start.tracked:
+        tracking.replay(*_history(start.checkpoint), start.tracked)
     try:
         yield tracking.callback()
     except BaseException as error:
-        tracking.finish(error=f"{type(error).__name__}: {error}")
+        tracking.finish(error)
         raise
     tracking.finish()
 
 
-def _history(checkpoint: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Logs and answers up to a checkpoint."""
+def _history(checkpoint: Path | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Logs and answers up to a checkpoint; None is the start."""
+    if checkpoint is None:
+        return [], []
     state = read_json(checkpoint / "trainer_state.json")
     answered = read_json(checkpoint.parent / ANSWERS_FILE) or []
     return state["log_history"], [record for record in answered if record["step"] <= state["global_step"]]
@@ -374,11 +398,13 @@ def _start(profile: Profile, work: Path, facts: Mapping[str, Any], resume: bool)
     """Go on from the newest complete checkpoint of the same run, else begin with an empty folder."""
     run = read_json(work / RUN_FILE)
     checkpoint = _newest(work)
-    if run is None or checkpoint is None or not resume or run["finished"]:
+    if run is None or not resume or run["finished"]:
         return _anew(profile, work, facts)
     if changed := _difference(run["facts"], {**facts, "folder": str(work)}):
-        _say(f"Starting anew, not from the checkpoint at {_shown(checkpoint)}: {changed}.")
+        _say(f"Starting anew, not from the unfinished run in {_shown(work)}: {changed}.")
         return _anew(profile, work, facts)
+    if checkpoint is None:
+        return _anew(profile, work, facts, run)
     for step, folder in checkpoint_folders(work):
         if step > int(checkpoint.name.rpartition("-")[2]):
             shutil.rmtree(folder)
@@ -399,13 +425,15 @@ def _stopped_early(checkpoint: Path) -> bool:
     return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
 
 
-def _anew(profile: Profile, work: Path, facts: Mapping[str, Any]) -> _Start:
-    dtype = str(models.resolve_dtype(profile.dtype)).removeprefix("torch.")
+def _anew(profile: Profile, work: Path, facts: Mapping[str, Any], cut_short: Mapping[str, Any] | None = None) -> _Start:
+    """An empty folder for a new run, or for one that was cut short before its first checkpoint."""
+    dtype = cut_short["dtype"] if cut_short else str(models.resolve_dtype(profile.dtype)).removeprefix("torch.")
+    tracked = cut_short.get("tracking") if cut_short else None
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     run = {"facts": {**facts, "folder": str(work)}, "dtype": dtype, "finished": False}
     write_json(work / RUN_FILE, run)
-    return _Start(None, dtype, None)
+    return _Start(None, dtype, tracked)
 
 
 def _shared(decide: Callable[[], Any]) -> Any:
@@ -479,17 +507,25 @@ def _finish(
     staging = result.adapter_dir.with_name(f".{result.adapter_dir.name}-unfinished")
     _on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
     trainer.save_model(str(staging))  # in every process: weights that are spread out are gathered here
-    _on_main(lambda: _complete(staging, profile, result, facts, work))
+    kind = trainer.accelerator.distributed_type.value
+    _on_main(lambda: _complete(staging, profile, result, facts, work, kind))
 
 
-def _complete(staging: Path, profile: Profile, result: TrainingResult, facts: Mapping[str, Any], work: Path) -> None:
+def _complete(
+    staging: Path,
+    profile: Profile,
+    result: TrainingResult,
+    facts: Mapping[str, Any],
+    work: Path,
+    distributed_type: str,
+) -> None:
     (staging / "training_args.bin").unlink(missing_ok=True)
     if profile.lora is not None:
         _keep_adapter_only(staging, profile)
     models.save_adapter_facts(staging, profile)
     if (work / ANSWERS_FILE).exists():
         shutil.copy(work / ANSWERS_FILE, staging / ANSWERS_FILE)
-    write_json(staging / TRAINING_FILE, _record(profile, result, facts))
+    write_json(staging / TRAINING_FILE, _record(profile, result, facts, distributed_type))
     _swap(staging, result.adapter_dir)
     write_json(work / RUN_FILE, {**read_json(work / RUN_FILE), "finished": True})
 
@@ -520,12 +556,15 @@ def _on_main(act: Callable[[], Any]) -> None:
     PartialState().wait_for_everyone()
 
 
-def _record(profile: Profile, result: TrainingResult, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _record(
+    profile: Profile, result: TrainingResult, facts: Mapping[str, Any], distributed_type: str
+) -> dict[str, Any]:
     """The content of training.json."""
     return {
         "facts": dict(facts),
         "seed": profile.training.seed,
         "machine": machine().cpu,
+        "distributed_type": distributed_type,
         "seconds": result.seconds,
         "final_loss": result.final_loss,
         "best_step": result.best_step,
@@ -538,12 +577,13 @@ def _record(profile: Profile, result: TrainingResult, facts: Mapping[str, Any]) 
 # Loading what is finished
 
 
-def _why_train(profile: Profile, adapter_dir: Path) -> str:
-    """Why the finished adapter is not this profile's; empty where it is."""
+def why_train(profile: Profile, adapter_dir: Path) -> str:
+    """In words, why the finished adapter is not this profile's; empty where it is."""
     record = read_json(adapter_dir / TRAINING_FILE)
     if record is None:
         return f"there is no finished adapter in {_shown(adapter_dir)}"
-    changed = _difference(record["facts"], {**_facts(profile, *_messages(profile)), "processes": record["facts"]["processes"]})
+    now = _facts(profile, *_messages(profile))
+    changed = _difference(record["facts"], {**now, "processes": record["facts"]["processes"]})
     return f"the adapter in {_shown(adapter_dir)} was made otherwise ({changed})" if changed else ""
 
 
@@ -568,7 +608,7 @@ def _shown(path: Path) -> str:
 
 @contextmanager
 def _without_known_warnings() -> Iterator[None]:
+    """Without warnings of TRL and PEFT about names that transformers 5.23 has changed: nothing a learner could do."""
     with warnings.catch_warnings():
-        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed; there is nothing a learner could change.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
         yield

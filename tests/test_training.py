@@ -1,0 +1,308 @@
+"""Training on a tiny model: real TRL runs of a few steps, killed and resumed, refused, loaded again."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm4_helpers import chat_format, datasets, models, training
+from glm4_helpers.callbacks import MARKER, checkpoint_folders, is_complete
+from glm4_helpers.errors import ModelError, SettingError
+from glm4_helpers.profiles import get_profile
+from test_tracking import scalars
+from tiny_models import save_model, tiny_glm, tiny_tokenizer
+
+QUICK = {
+    "dtype": "float32",
+    "max_new_tokens": 8,
+    "training.epochs": 2,
+    "training.per_device_batch_size": 4,
+    "training.evaluations_per_run": 3,
+    "lora.dropout": 0.1,
+}
+
+
+def rows(count: int, seed: int) -> list[dict]:
+    numbers = random.Random(seed)
+    made = []
+    for index in range(count):
+        left, right = numbers.randint(0, 99), numbers.randint(0, 9)
+        question, answer = f"{left}+{right}等于多少？", f"{left}+{right}={left + right}。"
+        made.append({"id": f"{seed}-{index}", "kind": "sum", "instruction": question, "input": "", "output": answer})
+    return made
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory) -> Path:
+    """A course folder with a tiny base model and a few rows. Copy it before training in it."""
+    folder = tmp_path_factory.mktemp("course")
+    (folder / "data" / "dev").mkdir(parents=True)
+    tokenizer = tiny_tokenizer()
+    save_model(folder / "weights" / "glm4-nano", tiny_glm(tokenizer, initializer_range=0.02), tokenizer)
+    (folder / "data" / "train.json").write_text(json.dumps(rows(80, 1)), encoding="utf-8")
+    (folder / "data" / "dev" / "unseen_rows.json").write_text(json.dumps(rows(20, 2)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def home(course, tmp_path, monkeypatch) -> Path:
+    """A copy of the course folder that the helpers take for theirs."""
+    shutil.copytree(course, tmp_path / "home")
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def quick(**overrides):
+    return get_profile("glm4-nano", **QUICK | overrides)
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def run_jobs(folder: Path, jobs: list[dict]) -> list[int]:
+    """Exit statuses of training jobs, -9 for those that were killed."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("training_worker.py"), file],
+        check=True, env=environment, stdin=subprocess.DEVNULL, timeout=1500,
+    )  # fmt: skip
+    return json.loads(file.with_suffix(".statuses").read_text())
+
+
+# Settings and trainer
+
+
+def test_lora_config_is_the_profile_s():
+    config = training.lora_config(get_profile("glm-4-9b-lora"))
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 32, 0.1)
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj"}
+    with pytest.raises(SettingError, match="no LoRA"):
+        training.lora_config(get_profile("glm-4-9b-full"))
+
+
+def test_sft_config_is_the_profile_s(tmp_path):
+    settings = training.sft_config(get_profile("glm-4-9b-lora"), tmp_path, torch.bfloat16)
+    assert (settings.learning_rate, settings.num_train_epochs, settings.max_length) == (5e-4, 3, 512)
+    assert (settings.per_device_train_batch_size, settings.per_device_eval_batch_size) == (2, 4)
+    assert (settings.eval_steps, settings.save_steps) == (0.1, 0.1)
+    assert settings.gradient_checkpointing and settings.report_to == []
+
+
+def test_the_loss_is_that_of_assistant_tokens(home, tmp_path):
+    """The stock trainer's loss on our rows equals cross-entropy over the labels that are not IGNORE."""
+    profile = quick(**{"lora.dropout": 0.0})
+    tokenizer, model = models.load_tokenizer(profile), models.load_base_model(profile)
+    encoded = datasets.encode_rows(tokenizer, datasets.load_messages(home / "data" / "train.json"), 512)
+    trainer = training.build_trainer(model, tokenizer, encoded, encoded, profile, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    with torch.no_grad():
+        given = trainer.compute_loss(trainer.model, dict(batch))
+        logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=chat_format.IGNORE
+    )
+    assert given.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_stop_ids_survive_building_the_trainer(home, tmp_path):
+    profile = quick()
+    tokenizer, model = models.load_tokenizer(profile), models.load_base_model(profile)
+    encoded = datasets.encode_rows(tokenizer, datasets.load_messages(home / "data" / "train.json"), 512)
+    trainer = training.build_trainer(model, tokenizer, encoded, None, profile, tmp_path)
+    assert trainer.model.generation_config.eos_token_id == chat_format.stop_ids(tokenizer)
+    assert trainer.model.config.eos_token_id == chat_format.stop_ids(tokenizer)
+
+
+def test_lora_targets_that_the_model_lacks_are_refused(home):
+    with pytest.raises(ModelError, match="gate_proj"):
+        training.train(quick(**{"lora.target_modules": ["q_proj", "gate_proj"]}), tracking_mode="disabled")
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def finished(course, tmp_path_factory):
+    """One finished run with its folder. Don't change it in a test."""
+    folder = tmp_path_factory.mktemp("finished") / "home"
+    shutil.copytree(course, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM4_HOME", str(folder))
+        return folder, training.train(quick(), tracking_mode="disabled")
+
+
+def test_a_run_leaves_the_adapter_with_its_record_and_nothing_else(finished):
+    folder, result = finished
+    assert result.adapter_dir == folder / "outputs" / "glm4-nano" / "adapter"
+    assert {path.name for path in result.adapter_dir.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "base_model_facts.json", "training.json", "answers.json"
+    }  # fmt: skip
+    record = json.loads((result.adapter_dir / "training.json").read_text(encoding="utf-8"))
+    assert record["facts"]["profile"]["training"]["epochs"] == 2
+    assert record["facts"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["seed"] == 42 and record["machine"] and record["seconds"] > 0
+    assert str(folder) not in json.dumps(record)
+    config = json.loads((result.adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "weights/glm4-nano"
+
+
+def test_each_checkpoint_has_its_dev_loss_and_stop_rate_and_the_best_one_is_kept(finished):
+    _, result = finished
+    assert [look["step"] for look in result.checkpoints] == [14, 28, 40]
+    assert all(0 <= look["stop_rate"] <= 1 for look in result.checkpoints)
+    best = min(result.checkpoints, key=lambda look: look["dev_loss"])
+    assert best["best"] and best["step"] == result.best_step
+    kept = result.adapter_dir.parent / "checkpoints" / f"checkpoint-{result.best_step}"
+    assert adapter_bytes(kept) == adapter_bytes(result.adapter_dir)
+
+
+def test_answers_to_the_sample_prompts_are_kept_for_each_checkpoint(finished):
+    _, result = finished
+    records = json.loads((result.adapter_dir / "answers.json").read_text(encoding="utf-8"))
+    assert [record["step"] for record in records] == [0, 14, 28, 40]
+    for record in records:
+        questions = [given["question"] for given in record["answers"]]
+        assert questions[:2] == ["你好，告诉我你的名字。", "告诉我1+2等于多少？"] and len(questions) > 10
+
+
+def test_the_adapter_loads_and_is_live(finished, monkeypatch):
+    folder, result = finished
+    monkeypatch.setenv("GLM4_HOME", str(folder))
+    model = models.load_adapter(models.load_base_model(quick()), result.adapter_dir, quick())
+    assert any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_what_is_finished_is_loaded_and_what_has_changed_is_named(finished, monkeypatch, capsys):
+    folder, result = finished
+    monkeypatch.setenv("GLM4_HOME", str(folder))
+    again = training.train_or_load(quick(), tracking_mode="disabled")
+    assert again.loaded and dataclasses.replace(again, loaded=False) == result
+    assert "Loaded" in capsys.readouterr().out
+    adapter = training.default_adapter_dir(quick())
+    assert training.why_train(quick(title="another title"), adapter) == ""
+    assert "training.epochs was 2 and is 3" in training.why_train(quick(**{"training.epochs": 3}), adapter)
+
+
+def test_other_rows_or_another_base_mean_training_again(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "home")
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path / "home"))
+    adapter = training.default_adapter_dir(quick())
+    file = tmp_path / "home" / "data" / "train.json"
+    file.write_text(json.dumps(rows(80, 9)), encoding="utf-8")
+    assert "data.train" in training.why_train(quick(), adapter)
+    file.write_text(json.dumps(rows(80, 1)), encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    save_model(tmp_path / "home" / "weights" / "glm4-nano", tiny_glm(tokenizer, seed=5), tokenizer)
+    assert "base was" in training.why_train(quick(), adapter)
+
+
+def test_a_folder_in_use_is_refused(home):
+    from filelock import FileLock
+
+    folder = home / "outputs" / "glm4-nano"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        with pytest.raises(SettingError, match="Another process is training into outputs/glm4-nano"):
+            training.train(quick(), tracking_mode="disabled")
+
+
+def test_full_fine_tuning_saves_a_model_that_loads(home):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    profile = _full()
+    result = training.train(profile, tracking_mode="disabled")
+    assert result.adapter_dir.name == "model"
+    model = AutoModelForCausalLM.from_pretrained(result.adapter_dir)
+    base = models.load_base_model(profile)
+    assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
+    tokenizer = AutoTokenizer.from_pretrained(result.adapter_dir)
+    assert model.generation_config.eos_token_id == chat_format.stop_ids(tokenizer)
+    assert not list(result.adapter_dir.glob("optimizer*"))
+
+
+def _full():
+    profile = get_profile("glm4-nano", **{key: value for key, value in QUICK.items() if not key.startswith("lora")})
+    training_settings = dataclasses.replace(profile.training, epochs=1, learning_rate=1e-3)
+    return dataclasses.replace(profile, lora=None, training=training_settings)
+
+
+def test_early_stopping_ends_the_run(home):
+    profile = quick(
+        **{"training.early_stopping_patience": 1, "training.learning_rate": 3.0, "training.evaluations_per_run": 10}
+    )
+    result = training.train(profile, tracking_mode="disabled")
+    losses = [look["dev_loss"] for look in result.checkpoints]
+    assert len(losses) < 10 and losses[-1] >= min(losses[:-1])
+
+
+# Interruptions
+
+
+def test_a_checkpoint_cut_short_is_not_complete(finished, tmp_path):
+    _, result = finished
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(result.adapter_dir.parent / "checkpoints", folder)
+    (_, first), (_, second), (_, third) = checkpoint_folders(folder)
+    assert is_complete(first) and is_complete(second) and is_complete(third)
+    (first / MARKER).unlink()
+    whole = (second / "optimizer.pt").read_bytes()
+    (second / "optimizer.pt").write_bytes(whole[:-1])
+    (third / "rng_state.pth").unlink()
+    assert not any(is_complete(path) for path in (first, second, third))
+
+
+MOMENTS = (["step", 5], ["step", 20], ["checkpoint", 28], ["evaluation", 28], ["adapter", 40])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_adapter(course, tmp_path):
+    """SIGKILL before the first checkpoint, between two, within one, in an evaluation, and in writing the result."""
+    names = ["whole", *(f"killed-{number}" for number in range(len(MOMENTS)))]
+    for name in names:
+        shutil.copytree(course, tmp_path / name)
+    job = {"overrides": QUICK, "tracking": "offline"}
+    jobs = [{**job, "home": str(tmp_path / "whole")}]
+    for name, moment in zip(names[1:], MOMENTS):
+        jobs += [{**job, "home": str(tmp_path / name), "kill": moment}, {**job, "home": str(tmp_path / name)}]
+    assert run_jobs(tmp_path, jobs) == [0, *[-signal.SIGKILL, 0] * len(MOMENTS)]
+    whole = _outcome(tmp_path / "whole")
+    resumed = [_outcome(tmp_path / name) for name in names[1:]]
+    assert [outcome.pop("resumed_from") for outcome in [whole, *resumed]] == [None, None, 14, 14, 14, 40]
+    for moment, outcome in zip(MOMENTS, resumed):
+        assert outcome == whole, moment
+
+
+def _outcome(home: Path) -> dict:
+    """What must not depend on an interruption, and where the run went on from."""
+    adapter = home / "outputs" / "glm4-nano" / "adapter"
+    record = json.loads((adapter / "training.json").read_text(encoding="utf-8"))
+    wanted = ("step", "loss", "eval_loss", "learning_rate")
+    logs = [{key: row[key] for key in wanted if key in row} for row in record["log_history"]]
+    return {
+        "adapter": adapter_bytes(adapter),
+        "final_loss": record["final_loss"],
+        "checkpoints": record["checkpoints"],
+        "logs": [row for row in logs if len(row) > 1],
+        "answers": json.loads((adapter / "answers.json").read_text(encoding="utf-8")),
+        "tracked": _tracked_losses(home),
+        "resumed_from": record["resumed_from"],
+    }
+
+
+def _tracked_losses(home: Path) -> dict:
+    """The losses of the one tracked run; SwanLab's other figures hold times."""
+    (run,) = (home / "outputs" / "swanlog").glob("run-*")
+    return {place: value for place, value in scalars(run).items() if place[0] in ("train/loss", "eval/loss")}
