@@ -113,14 +113,14 @@ def replay(
     import swanlab
     from swanlab.integration.transformers import rewrite_logs
 
-    if earlier["mode"] == "cloud":
+    if earlier["mode"] == "cloud" and swanlab.get_run().mode == "online":
         return
     for step in sorted({row["step"] for row in log_history} | {record["step"] for record in answered}):
         for row in (row for row in log_history if row["step"] == step):
             swanlab.log(rewrite_logs({key: value for key, value in row.items() if key != "step"}), step=step)
         for record in (record for record in answered if record["step"] == step):
             log_answers(record)
-    if earlier["folder"]:
+    if earlier["folder"] and earlier["mode"] != "cloud":
         shutil.rmtree(earlier["folder"], ignore_errors=True)
 
 

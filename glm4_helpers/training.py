@@ -339,8 +339,9 @@ def _train(
     rows = _rows(profile, tokenizer, *messages)
     model = models.load_base_model(profile, dtype)
     marking = MarkComplete(start.checkpoint)
+    report = tracking.log_answers if tracking_mode != "disabled" else None
     answering = AnswerAtCheckpoints(
-        tokenizer, rows.questions, profile.max_new_tokens, work / ANSWERS_FILE, tracking.log_answers
+        tokenizer, rows.questions, profile.max_new_tokens, work / ANSWERS_FILE, report
     )
     patience = profile.training.early_stopping_patience
     stopping = [EarlyStoppingCallback(patience)] if patience and rows.dev is not None else []

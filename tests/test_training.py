@@ -248,6 +248,27 @@ def test_early_stopping_ends_the_run(home):
     assert len(losses) < 10 and losses[-1] >= min(losses[:-1])
 
 
+# What is shown
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_one_plot_that_is_updated_and_no_noise(home):
+    import nbformat
+    from nbclient import NotebookClient
+
+    code = f"from glm4_helpers import get_profile, train_or_load\nr = train_or_load(get_profile('glm4-nano', **{QUICK!r}))"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(home)}}).execute(env=environment)
+    outputs = notebook.cells[0].outputs
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    lines = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert len(images) == 1 and any("step 40 of 40" in line for line in lines)
+    printed = "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert printed == "Training glm4-nano: there is no finished adapter in outputs/glm4-nano/adapter.\n"
+    assert "Warning" not in json.dumps(outputs)
+
+
 # Interruptions
 
 

@@ -59,9 +59,10 @@ def chosen_profile(arguments: argparse.Namespace, **overrides: Any) -> Profile:
 
 
 def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
-    """The folder of ``--adapter``, else the one where ``train`` puts this profile's adapter."""
+    """The folder of ``--adapter`` (or adapter/ in it), else the one where ``train`` puts this profile's adapter."""
     if arguments.adapter is not None:
-        return arguments.adapter
+        inside = arguments.adapter / "adapter"  # given is what train was given as --output
+        return inside if inside.is_dir() else arguments.adapter
     from ..training import default_adapter_dir
 
     return default_adapter_dir(profile)
