@@ -193,7 +193,8 @@ def opened(browser, address: str, notebook: Path):
     page.set_default_timeout(60_000)
     try:
         page.goto(f"{address}/lab/tree/notebooks/{notebook.name}?reset")
-        page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
+        # Before the kernel is there, JupyterLab would ask which one to use.
+        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
         run_all(page)
         yield page
     except Exception:
