@@ -198,7 +198,7 @@ class ChatBox:
         )  # fmt: skip
         longest = max(self._speakers.model.config.max_position_embeddings // 2, self._defaults.max_new_tokens)
         self.length = ipywidgets.BoundedIntText(
-            value=self._defaults.max_new_tokens, min=1, max=longest, description="Longest answer", layout=_SMALL,
+            value=self._defaults.max_new_tokens, min=1, max=longest, description="Longest answer", layout=_WIDER,
             style=_LABEL, tooltip="in tokens",
         )  # fmt: skip
         self.system = ipywidgets.Text(
@@ -362,8 +362,9 @@ class ChatBox:
 
 
 _LABEL = {"description_width": "initial"}
-_NARROW = ipywidgets.Layout(flex="1 1 12em", width="auto")
-_SMALL = ipywidgets.Layout(width="11.5em")
+_NARROW = ipywidgets.Layout(flex="1 1 11em", width="auto")
+_SMALL = ipywidgets.Layout(width="10.5em")
+_WIDER = ipywidgets.Layout(width="13.5em")
 
 
 class _Panel(ipywidgets.VBox):
