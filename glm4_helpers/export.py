@@ -29,8 +29,12 @@ CERTIFICATE_FILE = "certificate.json"
 ANSWER_TOKENS = 8
 """How many tokens of each answer are compared, beside the newline that starts it."""
 
-NOISE_FACTOR = 3.0
-"""How many times the measured rounding noise the exported model may be off."""
+LARGEST_FACTOR, MEAN_FACTOR = 2.0, 1.25
+"""How many times the measured rounding noise the exported logits may be off, at most and on average.
+
+The exported weights are rounded as those that the noise is measured with, so both should be about 1; the average over
+all logits varies little.
+"""
 
 PROMPTS = (
     "你好。", "你好，告诉我你的名字。", "告诉我1+2等于多少？", "中国的首都是哪里？", "法国的首都是什么？",
@@ -71,9 +75,9 @@ class Certificate:
         found = []
         if not math.isfinite(self.largest_difference):
             found.append("its logits are not all finite")
-        if self.largest_difference > NOISE_FACTOR * self.largest_noise:
+        if self.largest_difference > LARGEST_FACTOR * self.largest_noise:
             found.append(f"its logits differ by up to {self.largest_difference:.4g}, rounding by {self.largest_noise:.4g}")
-        if self.mean_difference > NOISE_FACTOR * self.mean_noise:
+        if self.mean_difference > MEAN_FACTOR * self.mean_noise:
             found.append(f"its logits differ by {self.mean_difference:.4g} on average, rounding by {self.mean_noise:.4g}")
         if self.agreeing < self.decided:
             found.append(f"{self.decided - self.agreeing} of {self.decided} clearly decided next tokens differ")

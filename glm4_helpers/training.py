@@ -292,6 +292,7 @@ def train(
     one is whole. Raises SettingError where another process trains into the same folder, DataError and ModelError for
     rows or weights that are absent or don't fit.
     """
+    _join_processes()
     output = _output(profile, output_dir)
     models.check_weights(models.base_folder(profile), profile)
     messages = _messages(profile)
@@ -313,6 +314,7 @@ def train_or_load(
 
     Says in one line which of the two it is and why. ``force`` trains from the start whatever is there.
     """
+    _join_processes()
     adapter_dir = default_adapter_dir(profile, output_dir)
     reason = "asked for" if force else why_train(profile, adapter_dir)
     if not reason:
@@ -435,6 +437,11 @@ def _anew(profile: Profile, work: Path, facts: Mapping[str, Any], cut_short: Map
     run = {"facts": {**facts, "folder": str(work)}, "dtype": dtype, "finished": False}
     write_json(work / RUN_FILE, run)
     return _Start(None, dtype, tracked)
+
+
+def _join_processes() -> None:
+    """Meet the other processes of `accelerate launch`. On a CPU each takes itself for the only one unless told so."""
+    PartialState(cpu=not torch.cuda.is_available())
 
 
 def _shared(decide: Callable[[], Any]) -> Any:

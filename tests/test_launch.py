@@ -64,7 +64,7 @@ def train(course, config, *options, batch=BATCH, check=True):
     finished = subprocess.run(
         command(config, "--output", str(output), "--set", size, *options),
         cwd=ROOT,
-        env={**os.environ, "GLM4_HOME": str(course), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "GLM4_HOME": str(course), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     if not check:
