@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
