@@ -18,7 +18,7 @@ from typing import NoReturn
 from . import __version__
 from .errors import CourseError
 
-COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export", "course", "nano")
+COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export", "rehearse", "course", "nano")
 
 EXAMPLES = """\
 examples:

@@ -6,6 +6,7 @@ Generating text lives in generation, training in training; memory needs are work
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -70,12 +71,14 @@ def load_base_model(
     """The base model in `base_folder(profile)`, in evaluation mode, with sdpa attention and the three stop ids.
 
     `dtype` None takes the profile's; "auto" is `faster_dtype()`. `device` None is this process's GPU where there is
-    one, else the CPU. Raises ModelError where weights are absent, partly there or damaged.
+    one, else the CPU. Raises ModelError where weights are absent, partly there or damaged, MachineError for a GPU
+    without bfloat16.
     """
     folder = base_folder(profile)
     check_weights(folder, profile)
     device = torch.device(device) if device is not None else default_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype or profile.dtype)}
+    _refuse_float16_gpu(profile, options["dtype"])
     if profile.quantization is not None:
         options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True, **options)
@@ -164,18 +167,38 @@ def _timed_step(model: nn.Module, ids: torch.Tensor) -> float:
 
 
 def _quantization(profile: Profile) -> BitsAndBytesConfig:
-    """QLoRA's 4-bit settings: NF4, double quantization, bfloat16 arithmetic (fp16 gives NaN in GLM-4)."""
-    if not torch.cuda.is_available():
+    """QLoRA's 4-bit settings: NF4, double quantization, arithmetic in bfloat16 (fp16 gives NaN in GLM-4).
+
+    A GPU without bfloat16 computes in float32, which is several times slower.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
-            f"The profile {profile.name} needs a CUDA GPU for its {profile.quantization} weights.",
-            "Choose a profile without quantization, such as glm4-nano, or run this on a machine with a GPU.",
+            f"The profile {profile.name} needs the package bitsandbytes for its {profile.quantization} weights.",
+            'Run: python -m pip install -e ".[bitsandbytes]"',
         )
+    dtype = torch.bfloat16 if _computes_bfloat16() else torch.float32
+    if dtype == torch.float32:
+        warnings.warn("This GPU has no bfloat16: computing in float32, which is several times slower.", stacklevel=3)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=profile.quantization,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+
+
+def _computes_bfloat16() -> bool:
+    """Whether what the model runs on has bfloat16 of its own: every CPU, and GPUs from NVIDIA's Ampere on."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _refuse_float16_gpu(profile: Profile, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and profile.quantization is None and not _computes_bfloat16():
+        raise MachineError(
+            f"{profile.name} computes in bfloat16, which this GPU ({torch.cuda.get_device_name()}) does not have; "
+            "float16 gives NaN on GLM-4.",
+            "Take a GPU with bfloat16 (NVIDIA: Ampere or newer), or --profile glm-4-9b-qlora, which then computes in float32.",
+        )
 
 
 # Files of a base model

@@ -1,0 +1,53 @@
+"""``rehearse``: the whole path of a profile with random weights, before a GPU is rented."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import add_json, add_profile, chosen_profile, show
+
+HELP = "try a profile's whole path at its true shape with random weights"
+EXAMPLES = """\
+examples:
+  python -m glm4_helpers rehearse --profile glm-4-9b-lora --layers 2     minutes, 4 GiB of memory and disk
+  python -m glm4_helpers rehearse --profile glm-4-9b-lora                all layers: 22 GiB of memory, 19 GiB of disk
+  python -m glm4_helpers rehearse --profile glm-4-9b-qlora --keep --folder /data/rehearsal
+
+Builds the model, loads it, trains, is killed, resumes, loads the adapter and answers. Nothing is downloaded, no GPU is
+needed, and the answers mean nothing. Memory is measured in each stage and stands beside the estimate of `memory`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_profile(parser)
+    parser.add_argument("--layers", type=int, metavar="N", help="so many layers only (default: all)")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of each row (default: 256)")
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to build (default: outputs/rehearsal)")
+    parser.add_argument("--keep", action="store_true", help="keep the folder when done (it is large)")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    profile = chosen_profile(arguments)
+    import shutil
+    import sys
+    from dataclasses import asdict
+
+    from .. import rehearsal
+    from ..environment import machine
+    from ..paths import outputs_dir
+
+    folder = arguments.folder or outputs_dir() / "rehearsal"
+    there_before = folder.exists()
+
+    def report(stage) -> None:
+        print(f"{stage.name}: {stage.seconds:.0f} s, peak {stage.peak_gib:.2f} GiB", file=sys.stderr, flush=True)
+
+    try:
+        stages = rehearsal.rehearse(profile, folder, arguments.layers, arguments.tokens, report)
+    finally:
+        if not arguments.keep and not there_before:
+            shutil.rmtree(folder, ignore_errors=True)
+    figures = {"profile": profile.name, "machine": str(machine()), "stages": [asdict(stage) for stage in stages]}
+    show(arguments, figures, f"{machine()}\n\n{rehearsal.format_stages(stages)}")
+    return 0

@@ -1,0 +1,378 @@
+"""The whole path of a profile at its true shape with random weights: built, loaded, trained, killed, resumed, answered.
+
+Each stage runs in a process of its own, so that its peak memory is its own. What the model says means nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import memory
+from .errors import CourseError, MachineError, SettingError
+from .profiles import Profile, get_profile
+
+GIB = 2**30
+SHARD_BYTES = 2 * GIB
+POOL = 16_777_213
+"""Random numbers that weights are filled from, a prime so that no two rows of a matrix start alike."""
+
+ROWS, STEPS_BETWEEN, KILLED_AT, NEW_TOKENS = 6, 2, 3, 4
+STAGES = ("load", "train", "resume", "reload")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: seconds, peak memory above what the imports take, the estimate where there is one, and findings."""
+
+    name: str
+    seconds: float
+    peak_gib: float
+    estimate_gib: float | None
+    found: dict[str, Any]
+
+
+def rehearse(
+    profile: Profile,
+    folder: Path,
+    layers: int | None = None,
+    tokens: int = 256,
+    report: Callable[[Stage], None] = lambda stage: None,
+) -> list[Stage]:
+    """Walk the whole path in `folder`, which must be empty or absent and is left behind for a look.
+
+    `layers` None means all. Each stage is handed to `report` when it is done. Raises MachineError for too little memory
+    or disk before anything is written, and CourseError for the first stage that goes wrong.
+    """
+    config = model_config(profile, layers)
+    folder = Path(folder).resolve()
+    _check_folder(folder)
+    setting = memory.setting_of(profile, batch_size=1, length=tokens, device="cpu")
+    wanted = memory.require_memory(profile, _available_gib(), setting, config)
+    _check_disk(folder, config)
+    stages = []
+    for name, act in (
+        ("build", lambda: build(profile, folder, config, tokens)),
+        *((name, lambda name=name: _in_process(name, profile, folder, tokens)) for name in STAGES),
+    ):
+        started = time.monotonic()
+        found = act()
+        peak = found.pop("peak_gib")
+        guess = wanted.total_gib if name in ("train", "resume") else None
+        stages.append(Stage(name, round(time.monotonic() - started, 1), round(peak, 2), guess, found))
+        report(stages[-1])
+    return stages
+
+
+def model_config(profile: Profile, layers: int | None = None) -> Any:
+    """The config of the profile's model with so many layers. Raises SettingError for more than it has, or none."""
+    from .models import model_config as whole
+
+    config = whole(profile)
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise SettingError(f"{profile.name} has no {layers} layers.", f"Give --layers 1 to {config.num_hidden_layers}.")
+    config.num_hidden_layers = layers
+    return config
+
+
+# Building
+
+
+def build(profile: Profile, folder: Path, config: Any, tokens: int) -> dict[str, Any]:
+    """Write model, tokenizer and rows into a course folder; the same bytes each time."""
+    base = folder / profile.base_model
+    base.mkdir(parents=True)
+    (folder / "data").mkdir()
+    for name, count in (("train", ROWS), ("dev", 2)):
+        rows = [_row(number, tokens) for number in range(count)]
+        (folder / "data" / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    tokenizer = stand_in_tokenizer(config)
+    tokenizer.save_pretrained(base)
+    files = _write_weights(profile, config, base)
+    return {"shards": files, "peak_gib": _peak_bytes() / GIB}
+
+
+def _row(number: int, tokens: int) -> dict[str, str]:
+    """A row of exactly `tokens` tokens of the stand-in tokenizer: one a byte, and seven of the format."""
+    question = f"{number:03}?"
+    return {"instruction": question, "input": "", "output": "a" * (tokens - 7 - len(question))}
+
+
+def stand_in_tokenizer(config: Any):
+    """A tokenizer with GLM-4's special tokens at their true ids and one token a byte; no merges, since none are here."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from . import chat_format
+
+    first = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(letters)}
+    vocabulary |= {f"unused-{number}": number for number in range(len(letters), first)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in chat_format.SPECIAL_TOKENS])
+    prefix = list(chat_format.PREFIX)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*prefix, "$A"],
+        pair=[*prefix, "$A", "$B"],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in prefix],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=chat_format.TERMINATOR,
+        pad_token=chat_format.TERMINATOR,
+        padding_side="left",
+        chat_template=chat_format.CHAT_TEMPLATE,
+    )
+
+
+def _write_weights(profile: Profile, config: Any, base: Path) -> int:
+    """Seeded random bfloat16 weights in shards of SHARD_BYTES with an index. Returns the number of shards."""
+    from safetensors.torch import save_file
+
+    from .models import meta_model
+
+    model = meta_model(config)
+    shards = list(_shards(model.state_dict()))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(dict(_filled(names)), base / file, metadata={"format": "pt"})
+        index |= {name: file for name, _ in names}
+    total = sum(weight.numel() * 2 for weight in model.state_dict().values())
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (base / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+    config.architectures, config.dtype = [profile.architecture], "bfloat16"
+    config.save_pretrained(base)
+    return len(shards)
+
+
+def _shards(weights: dict[str, Any]) -> Iterator[list[tuple[str, Any]]]:
+    shard, size = [], 0
+    for name, weight in weights.items():
+        if shard and size + weight.numel() * 2 > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append((name, weight.shape))
+        size += weight.numel() * 2
+    yield shard
+
+
+def _filled(names: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Norms are ones, all else is small random numbers: a run through POOL that starts elsewhere for each weight."""
+    import zlib
+
+    import torch
+
+    pool = torch.empty(POOL).normal_(std=0.02, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for name, shape in names:
+        weight = torch.ones(shape, dtype=torch.bfloat16)
+        flat, place = weight.view(-1), zlib.crc32(name.encode()) % POOL
+        done = len(flat) if "norm" in name else 0
+        while done < len(flat):
+            part = pool[place : place + len(flat) - done]
+            flat[done : done + len(part)] = part
+            done, place = done + len(part), 0
+        yield name, weight
+
+
+# Stages, each in a process of its own
+
+
+def _in_process(stage: str, profile: Profile, folder: Path, tokens: int) -> dict[str, Any]:
+    """Run a stage and return what it found. The stage "train" has to end by its own SIGKILL."""
+    result = folder / f"{stage}.json"
+    job = {"stage": stage, "profile": profile.name, "tokens": tokens, "result": str(result)}
+    finished = subprocess.run(
+        [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({json.dumps(job)})"],
+        env={**os.environ, "GLM4_HOME": str(folder), "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    wanted = -signal.SIGKILL if stage == "train" else 0
+    if finished.returncode != wanted or not result.exists():
+        tail = "\n".join((finished.stdout + finished.stderr).strip().splitlines()[-15:])
+        raise CourseError(f"The stage {stage!r} ended with status {finished.returncode}:\n{tail}", f"Look in {folder}.")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def work(job: dict[str, Any]) -> None:
+    """One stage in this process; writes what it found and its peak memory as JSON. Called by `rehearse`."""
+    from . import generation, training  # noqa: F401  (the imports belong to the baseline)
+
+    profile = _rehearsed(get_profile(job["profile"]), job["tokens"])
+    baseline = _reset_peak()
+    keep = _Keeper(Path(job["result"]), baseline)
+    keep({"load": _load, "train": _train, "resume": _resume, "reload": _reload}[job["stage"]](profile, keep))
+
+
+class _Keeper:
+    """Writes findings with the peak memory so far; also right before a stage kills itself."""
+
+    def __init__(self, file: Path, baseline: int) -> None:
+        self.file, self.baseline = file, baseline
+
+    def __call__(self, found: dict[str, Any]) -> None:
+        peak = (_peak_bytes() - self.baseline) / GIB
+        self.file.write_text(json.dumps({**found, "peak_gib": peak}), encoding="utf-8")
+
+
+def _rehearsed(profile: Profile, tokens: int) -> Profile:
+    """The profile with a handful of rows and short answers; model, LoRA and precision stay as they are."""
+    few = dataclasses.replace(
+        profile.training, epochs=1, per_device_batch_size=1, evaluation_batch_size=1, gradient_accumulation_steps=1,
+        max_length=tokens, evaluations_per_run=ROWS // STEPS_BETWEEN,
+    )  # fmt: skip
+    return dataclasses.replace(
+        profile, training=few, train_data="data/train.json", dev_data="data/dev.json", test_data=None,
+        sample_prompts=("a?",), max_new_tokens=NEW_TOKENS,
+    )  # fmt: skip
+
+
+def _load(profile: Profile, keep: _Keeper) -> dict[str, Any]:
+    from . import models
+
+    model = models.load_base_model(profile)
+    shape = memory.shape_of(model.config)
+    counted = sum(_numbers(weight) for weight in model.parameters())
+    _require(counted == shape.parameters, f"{counted:,} parameters were loaded, {shape.parameters:,} are in the shape")
+    _require(len(model.model.layers) == model.config.num_hidden_layers, "the layers are not all there")
+    _require(type(model).__name__ == profile.architecture, f"a {type(model).__name__} was loaded")
+    return {"parameters": counted, "layers": shape.layers, "vocabulary": shape.vocabulary}
+
+
+def _numbers(weight: Any) -> int:
+    """Numbers in a parameter; 4-bit ones are stored two a byte."""
+    return weight.numel() * 2 if type(weight).__name__ == "Params4bit" else weight.numel()
+
+
+def _train(profile: Profile, keep: _Keeper) -> dict[str, Any]:
+    from transformers import TrainerCallback
+
+    from . import training
+
+    class Kill(TrainerCallback):
+        """Ends the process as a machine that goes down would."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == KILLED_AT:
+                keep({"killed_at_step": KILLED_AT})
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    training.train(profile, tracking_mode="disabled", callbacks=[Kill()])
+    return {}
+
+
+def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
+    from . import training
+
+    result = training.train(profile, tracking_mode="disabled")
+    _require(result.resumed_from == STEPS_BETWEEN, f"training went on from step {result.resumed_from}")
+    steps = max(row["step"] for row in result.log_history)
+    _require(steps == ROWS, f"training ended after step {steps}")
+    return {"resumed_from": result.resumed_from, "steps": steps, "final_loss": result.final_loss, "seconds": result.seconds}
+
+
+def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
+    import torch
+
+    from . import generation, models, training
+
+    tokenizer = models.load_tokenizer(profile)
+    found: dict[str, Any] = {}
+    model = models.load_base_model(profile)
+    if profile.lora is not None:
+        model = models.load_adapter(model, training.default_adapter_dir(profile), profile)
+        found["adapter_modules"] = model.config.num_hidden_layers * len(profile.lora.target_modules)
+        ids = torch.tensor([tokenizer("a?")["input_ids"]])
+        with torch.no_grad():
+            live = model(ids).logits[0, -1].float()
+            with models.adapter_off(model):
+                off = model(ids).logits[0, -1].float()
+        found["adapter_effect"] = round(float((live - off).abs().max()), 6)
+        _require(found["adapter_effect"] > 0, "the adapter changes nothing")
+    pieces = list(generation.stream(model, tokenizer, [{"role": "user", "content": "a?"}], max_new_tokens=NEW_TOKENS))
+    return {**found, "streamed": bool(pieces) or "the first token was a stop id"}
+
+
+def _require(true: bool, otherwise: str) -> None:
+    if not true:
+        raise CourseError(f"The rehearsal found that {otherwise}.", "Look at the model's shape and the adapter.")
+
+
+# Memory and disk
+
+
+def _reset_peak() -> int:
+    """Start measuring: the resident bytes now. The kernel's peak is set back where it allows that (Linux)."""
+    import gc
+
+    import psutil
+
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    return psutil.Process().memory_info().rss
+
+
+def _peak_bytes() -> int:
+    """The largest resident memory so far, memory-mapped weights counted."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _available_gib() -> float:
+    from .environment import machine
+
+    return machine().memory_available_gib
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise SettingError(f"{folder} is not empty; nothing was overwritten.", "Give another folder, or empty it.")
+
+
+def _check_disk(folder: Path, config: Any) -> None:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    needed, free = memory.shape_of(config).parameters * 2 * 1.05 + GIB, shutil.disk_usage(existing).free
+    if needed > free:
+        raise MachineError(
+            f"The rehearsal needs {needed / GIB:.1f} GiB of disk space; {free / GIB:.1f} GiB are free in {existing}.",
+            "Free some space, or rehearse fewer layers (--layers 2).",
+        )
+
+
+def format_stages(stages: list[Stage]) -> str:
+    """The stages as a Markdown table."""
+    lines = ["| stage | seconds | peak GiB | estimated GiB | found |", "|---|---:|---:|---:|---|"]
+    for stage in stages:
+        guess = f"{stage.estimate_gib:.2f}" if stage.estimate_gib else ""
+        found = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in stage.found.items())
+        lines.append(f"| {stage.name} | {stage.seconds:.1f} | {stage.peak_gib:.2f} | {guess} | {found} |")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

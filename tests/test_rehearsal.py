@@ -1,0 +1,110 @@
+"""Rehearsals at true widths with one or two layers, and what they refuse before they start.
+
+One profile runs at GLM-4's full vocabulary and one in 4 bits; the others would repeat the same 2.5 GB of embeddings.
+"""
+
+import hashlib
+import json
+
+import pytest
+
+from glm4_helpers import chat_format, memory, models, rehearsal
+from glm4_helpers.__main__ import main
+from glm4_helpers.errors import MachineError, SettingError
+from glm4_helpers.profiles import get_profile
+
+
+@pytest.fixture(autouse=True)
+def _course(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path / "home"))
+
+
+def rehearse(capsys, folder, profile, layers, *options):
+    status = main(["rehearse", "--profile", profile, "--layers", str(layers), "--folder", str(folder), "--json", *options])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    return {stage["name"]: stage for stage in json.loads(printed.out)["stages"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("profile", "layers"), [("glm-edge-1.5b", 2), ("glm-4-9b-lora", 2), ("glm-4-9b-qlora", 2)])
+def test_the_whole_path_is_walked(tmp_path, capsys, profile, layers):
+    if profile == "glm-4-9b-qlora":
+        pytest.importorskip("bitsandbytes")
+    if rehearsal._available_gib() < 6:
+        pytest.skip("less than 6 GiB of memory are free")
+    stages = rehearse(capsys, tmp_path / "rehearsal", profile, layers)
+    assert list(stages) == ["build", *rehearsal.STAGES]
+    shape = memory.shape_of(rehearsal.model_config(get_profile(profile), layers))
+    assert stages["load"]["found"]["parameters"] == shape.parameters
+    assert stages["train"]["found"] == {"killed_at_step": 3}
+    assert stages["resume"]["found"]["resumed_from"] == 2 and stages["resume"]["found"]["steps"] == 6
+    assert stages["reload"]["found"]["adapter_modules"] == layers * 3
+    assert stages["reload"]["found"]["adapter_effect"] > 0 and stages["reload"]["found"]["streamed"]
+    for name in ("train", "resume"):
+        print(f"{profile} {name}: {stages[name]['peak_gib']} GiB measured, {stages[name]['estimate_gib']:.2f} estimated")
+    assert not (tmp_path / "rehearsal").exists()
+
+
+def small(profile, **changes):
+    """The profile's config with narrow layers; ids and vocabulary stay true."""
+    config = rehearsal.model_config(profile, 2)
+    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    for name, value in {**narrow, **changes}.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("name", ["glm-4-9b-lora", "glm-edge-1.5b"])
+def test_the_stand_in_tokenizer_has_the_true_ids(name):
+    config = rehearsal.model_config(get_profile(name), 1)
+    tokenizer = rehearsal.stand_in_tokenizer(config)
+    assert chat_format.stop_ids(tokenizer) == config.eos_token_id
+    assert len(tokenizer) <= config.vocab_size
+    encoded = chat_format.encode(tokenizer, [{"role": "user", "content": "你"}, {"role": "assistant", "content": "b"}])
+    assert max(encoded["input_ids"]) < config.vocab_size
+    if name == "glm-4-9b-lora":
+        assert len(tokenizer) == 151_343
+        assert tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>", "<|assistant|>"]) == [151_331, 151_333, 151_337]
+
+
+def test_the_same_model_is_built_each_time_in_shards_with_an_index(tmp_path, monkeypatch):
+    profile = get_profile("glm-4-9b-lora")
+    monkeypatch.setattr(rehearsal, "SHARD_BYTES", 3 * 2**20)
+    digests = []
+    for name in ("one", "two"):
+        rehearsal.build(profile, tmp_path / name, small(profile), 64)
+        monkeypatch.setenv("GLM4_HOME", str(tmp_path / name))
+        models.check_weights(models.base_folder(profile), profile)
+        files = models.weight_files(models.base_folder(profile), profile)
+        assert len(files) > 1
+        digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    assert digests[0] == digests[1]
+
+
+def test_rows_have_exactly_the_asked_tokens(tmp_path):
+    from glm4_helpers.datasets import to_messages
+
+    tokenizer = rehearsal.stand_in_tokenizer(small(get_profile("glm-4-9b-lora")))
+    assert len(chat_format.encode(tokenizer, to_messages(rehearsal._row(3, 256)))["input_ids"]) == 256
+
+
+@pytest.mark.parametrize("layers", [0, 41])
+def test_layers_that_are_not_there_are_refused(layers):
+    with pytest.raises(SettingError, match="no .* layers"):
+        rehearsal.model_config(get_profile("glm-4-9b-lora"), layers)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("kept")
+    assert main(["rehearse", "--profile", "glm-edge-1.5b", "--layers", "1", "--folder", str(tmp_path / "mine")]) == 2
+    assert "nothing was overwritten" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "kept"
+
+
+def test_too_little_memory_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(MachineError, match=r"needs about \d+\.\d GiB; \d+\.\d GiB are there"):
+        rehearsal.rehearse(get_profile("glm-4-9b-full"), tmp_path / "new", tokens=100_000)
+    assert not (tmp_path / "new").exists()
