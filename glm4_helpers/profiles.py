@@ -91,7 +91,7 @@ _NANO = Profile(
     architecture="GlmForCausalLM",
     dtype="auto",
     quantization=None,
-    lora=LoraSettings(r=8, alpha=16, dropout=0.0, target_modules=_ATTENTION),
+    lora=LoraSettings(r=8, alpha=32, dropout=0.0, target_modules=_ATTENTION),
     training=TrainingSettings(
         epochs=3,
         per_device_batch_size=8,
@@ -99,7 +99,7 @@ _NANO = Profile(
         gradient_accumulation_steps=1,
         learning_rate=3e-3,
         lr_scheduler="linear",
-        warmup_fraction=0.0,
+        warmup_fraction=0.02,
         weight_decay=0.0,
         max_length=512,
         evaluations_per_run=3,

@@ -26,7 +26,7 @@ def test_default_is_nano_and_the_variable_chooses(monkeypatch):
 
 def test_nano_as_decided():
     nano = get_profile("glm4-nano")
-    assert (nano.lora.r, nano.lora.alpha, nano.lora.dropout) == (8, 16, 0.0)
+    assert (nano.lora.r, nano.lora.alpha, nano.lora.dropout) == (8, 32, 0.0)
     assert nano.lora.target_modules == ("q_proj", "k_proj", "v_proj")
     assert (nano.training.per_device_batch_size, nano.training.epochs) == (8, 3)
     assert (nano.training.learning_rate, nano.training.max_length) == (3e-3, 512)
@@ -61,7 +61,7 @@ def test_settings_survive_json(name):
 def test_overrides_dotted_and_nested_leave_the_rest():
     profile = get_profile("glm4-nano", **{"training.epochs": 1, "lora": {"r": 4}, "terminator": "<|user|>"})
     assert (profile.training.epochs, profile.lora.r, profile.terminator) == (1, 4, "<|user|>")
-    assert profile.lora.alpha == 16 and get_profile("glm4-nano").training.epochs == 3
+    assert profile.lora.alpha == 32 and get_profile("glm4-nano").training.epochs == 3
 
 
 def test_lists_become_tuples_and_whole_numbers_pass_for_fractions():
