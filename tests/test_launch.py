@@ -42,6 +42,7 @@ def course(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     save_model(folder / "weights" / "glm4-nano", tiny_glm(tokenizer, initializer_range=0.02), tokenizer)
     (folder / "data" / "train.json").write_text(json.dumps(rows(48, 1)), encoding="utf-8")
+    (folder / "data" / "few.json").write_text(json.dumps(rows(BATCH, 1)), encoding="utf-8")
     (folder / "data" / "dev" / "unseen_rows.json").write_text(json.dumps(rows(16, 2)), encoding="utf-8")
     return folder
 
@@ -65,7 +66,7 @@ def train(course, config, *options, batch=BATCH, check=True):
         command(config, "--output", str(output), "--set", size, *options),
         cwd=ROOT,
         env={**os.environ, "GLM4_HOME": str(course), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     if not check:
         return finished
@@ -78,9 +79,17 @@ def losses(record):
     return [row.get("loss", row.get("eval_loss")) for row in record["log_history"] if "loss" in row or "eval_loss" in row]
 
 
+# With DeepSpeed accelerate shuffles the rows in another order than without. One step an epoch makes the order the same.
+DATA = {
+    "cpu_two_processes": (),
+    **dict.fromkeys(("cpu_zero2", "cpu_zero3"), ("--set", "train_data=data/few.json", "--set", "training.epochs=6")),
+}
+
+
 @pytest.fixture(scope="module")
 def one_process(course):
-    return train(course, None)[0]
+    """Records of one process by the options for its data."""
+    return {options: train(course, None, "--force", *options)[0] for options in dict.fromkeys(DATA.values())}
 
 
 @pytest.mark.slow
@@ -88,29 +97,29 @@ def one_process(course):
 def test_two_processes_learn_what_one_does(course, one_process, config):
     if config != "cpu_two_processes":
         pytest.importorskip("deepspeed")
-    record, printed = train(course, config)
+    record, printed = train(course, config, *DATA[config])
     assert record["distributed_type"] == KINDS[config]
     assert record["facts"]["processes"] == 2
-    one, two = losses(one_process), losses(record)
+    one, two = losses(one_process[DATA[config]]), losses(record)
     print(f"\n{config}: one process {one}\n{config}: two processes {two}")
-    assert two == pytest.approx(one, abs=2e-3)
+    assert two == pytest.approx(one, abs=1e-3)
     assert one[0] > one[-1], "the run must have learned something, or equal losses say nothing"
     assert printed.count("final loss") == 1, "only the first process may print"
 
 
 @pytest.mark.slow
-def test_the_adapter_of_zero3_is_whole_and_live(course, one_process):
+def test_the_adapter_of_zero3_is_whole_and_live(course):
     pytest.importorskip("deepspeed")
     import torch
     from safetensors.torch import load_file
 
-    if not (course / "outputs" / "cpu_zero3" / "adapter").exists():
-        train(course, "cpu_zero3")
+    train(course, "cpu_zero3", *DATA["cpu_zero3"])
+    train(course, None, "--force", *DATA["cpu_zero3"])
     one, two = (load_file(course / "outputs" / run / "adapter" / "adapter_model.safetensors") for run in ("one", "cpu_zero3"))
     assert one.keys() == two.keys()
     for name in one:
         assert two[name].shape == one[name].shape
-        assert torch.allclose(two[name].float(), one[name].float(), atol=0.02), name
+        assert torch.allclose(two[name].float(), one[name].float(), atol=1e-3), name
     assert all(tensor.any() for name, tensor in two.items() if "lora_B" in name)
 
 

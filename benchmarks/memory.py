@@ -1,0 +1,86 @@
+"""Measured peaks of training at true shapes on a CPU beside the estimates of `memory`; writes memory.json and memory.md.
+
+    python benchmarks/memory.py                      the small cases
+    python benchmarks/memory.py glm-4-9b-lora:40     one case: profile:layers, optionally :tokens
+
+Results are kept by case, so that a large one can be measured alone, when the machine has the memory to spare.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from glm4_helpers import memory, rehearsal
+from glm4_helpers.environment import machine
+from glm4_helpers.errors import CourseError
+from glm4_helpers.profiles import get_profile
+
+HERE = Path(__file__).parent
+CASES = ("glm-edge-1.5b:2", "glm-edge-1.5b:28", "glm-4-9b-lora:2", "glm-4-9b-lora:2:1024", "glm-4-9b-qlora:2")
+
+
+def measure(case: str) -> dict:
+    """One case: every stage of a rehearsal, and the estimate with its parts."""
+    name, layers, *tokens = case.split(":")
+    profile, length = get_profile(name), int(tokens[0]) if tokens else 256
+    folder = Path(tempfile.mkdtemp(prefix="glm4-memory-")) / "course"
+    try:
+        stages = rehearsal.rehearse(profile, folder, int(layers), length, print)
+    finally:
+        shutil.rmtree(folder.parent)
+    setting = memory.setting_of(profile, batch_size=1, length=length, device="cpu")
+    estimated = memory.estimate(profile, setting, rehearsal.model_config(profile, int(layers)))
+    peak = max(stage.peak_gib for stage in stages if stage.name in ("train", "resume"))
+    return {
+        "machine": str(machine()),
+        "measured_gib": peak,
+        "estimated_gib": round(estimated.total_gib, 2),
+        "error": round(estimated.total_gib / peak - 1, 3),
+        "parts_gib": {part: round(size / memory.GIB, 3) for part, size in estimated.by_part().items()},
+        "stages": [asdict(stage) for stage in stages],
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    """memory.md: measured against estimated, then the stages of each case."""
+    worst = max(results, key=lambda case: abs(results[case]["error"]))
+    lines = [
+        "# Memory of training: measured on a CPU, and estimated",
+        "",
+        "Random weights at the true shape, one row a step, gradient checkpointing, resident memory above what the imports",
+        "take, memory-mapped weights counted. Written by `python benchmarks/memory.py`.",
+        "",
+        "| profile:layers:tokens | measured GiB | estimated GiB | off by |",
+        "|---|---:|---:|---:|",
+    ]
+    for case, result in results.items():
+        lines.append(f"| {case} | {result['measured_gib']:.2f} | {result['estimated_gib']:.2f} | {result['error']:+.1%} |")
+    lines += ["", f"Worst: {results[worst]['error']:+.1%} ({worst}).", ""]
+    for case, result in results.items():
+        stages = [rehearsal.Stage(**stage) for stage in result["stages"]]
+        lines += [f"## {case}", "", result["machine"], "", rehearsal.format_stages(stages), ""]
+    return "\n".join(lines)
+
+
+def main(cases: list[str]) -> int:
+    """Measure the cases and keep what was measured before."""
+    file = HERE / "memory.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for case in cases or CASES:
+        try:
+            results[case] = measure(case)
+        except CourseError as error:
+            print(f"{case}: {error}", file=sys.stderr)
+            continue
+        file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (HERE / "memory.md").write_text(table(results), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
