@@ -1,6 +1,6 @@
 """Rehearsals at true widths with one or two layers, and what they refuse before they start.
 
-One profile runs at GLM-4's full vocabulary and one in 4 bits; the others would repeat the same 2.5 GB of embeddings.
+GLM-Edge runs at its full vocabulary; the 9B's slices take minutes and are left to the command itself.
 """
 
 import hashlib
@@ -28,10 +28,8 @@ def rehearse(capsys, folder, profile, layers, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("profile", "layers"), [("glm-edge-1.5b", 2), ("glm-4-9b-lora", 2), ("glm-4-9b-qlora", 2)])
+@pytest.mark.parametrize(("profile", "layers"), [("glm-edge-1.5b", 2)])
 def test_the_whole_path_is_walked(tmp_path, capsys, profile, layers):
-    if profile == "glm-4-9b-qlora":
-        pytest.importorskip("bitsandbytes")
     if rehearsal._available_gib() < 6:
         pytest.skip("less than 6 GiB of memory are free")
     stages = rehearse(capsys, tmp_path / "rehearsal", profile, layers)
