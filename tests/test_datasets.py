@@ -101,6 +101,8 @@ def test_jsonl_keeps_blank_lines_and_line_separators_apart(write):
 def test_a_path_counts_from_the_course_folder_too(write, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     write([ALPACA], "data/train.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
     assert data.read_rows("data/train.json") == [ALPACA]
 

@@ -323,7 +323,7 @@ def test_the_refresh_of_april_2025_has_an_architecture_of_its_own(profile):
 
 def test_a_shape_that_is_not_known_is_refused(profile):
     with pytest.raises(ModelError, match=r"no config\.json"):
-        models.meta_model(get_profile("glm-edge-1.5b"))
+        models.meta_model(get_profile("glm4-nano", base_model="weights/unknown"))
 
 
 def test_gate_and_up_projections_match_nothing_and_are_refused():
