@@ -271,12 +271,12 @@ def picture(page, name: str, locator) -> None:
 
 def test_two_answers_stream_and_the_box_survives_stop_clear_and_rerun(page):
     message = chat(page).get_by_label("Message", exact=True)
-    chat(page).get_by_label("Longest answer").fill("600")
+    chat(page).get_by_label("Longest answer").fill("400")
     message.fill("你好，苹果的英文是什么？")
     message.press("Enter")
     wait_until(lambda: "is answering" in chat(page).get_by_role("status").inner_text(), "the beginning of an answer")
     wait_until(lambda: button(page, "Send").is_disabled() and button(page, "Clear").is_disabled(), "disabled buttons")
-    assert len(set(answer_lengths_while(page))) >= 4, "the answers did not stream"
+    assert len(set(answer_lengths_while(page))) >= 3, "the answers did not stream"
     assert message.input_value() == ""
     text = said(page)
     assert "你好，苹果的英文是什么？" in text and "base" in text and "fine-tuned (checkpoint 2)" in text
