@@ -38,7 +38,7 @@ def nano_tokenizer():
 def nano_model():
     """The shipped base model in float32, ready to generate. Don't change it in a test."""
     if not (NANO / "model.safetensors").is_file():
-        pytest.skip("weights/glm4-nano is not there")
+        pytest.fail("weights/glm4-nano is not there: git checkout -- weights")
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -199,7 +199,7 @@ def test_transformers_serve_answers_in_the_trained_format(tmp_path, monkeypatch)
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
     if not (NANO / "model.safetensors").is_file():
-        pytest.skip("weights/glm4-nano is not there")
+        pytest.fail("weights/glm4-nano is not there: git checkout -- weights")
     from glm4_helpers.generation import answers
 
     monkeypatch.setenv("GLM4_HOME", str(ROOT))
