@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
 
 from glm4_helpers.nano.phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
 from glm4_helpers.nano.world import (
@@ -137,13 +136,7 @@ def any_row(world: World, kind: str, group: str, rng: random.Random, usable: Cal
     if kind in SECOND_TURN_KINDS:
         return conversation_row(world, kind, group, rng, usable)
     task = plain_task(world, rng, kind, usable)
-    return plain_row(first_of_their_kind(task, usable) if kind == "list" else task, group, rng)
-
-
-def first_of_their_kind(task: Task, usable: Callable[[str], bool]) -> Task:
-    """A list task whose example answer names the first members: one habit to learn, not a new choice in each row."""
-    members = [word for word in task.check["members"] if usable(word)]
-    return replace(task, answer="、".join(members[: int(task.slots["n"])]) + "。")
+    return plain_row(task, group, rng)
 
 
 def row_key(row: dict) -> str:

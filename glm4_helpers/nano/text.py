@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from glm4_helpers.nano import facts
-from glm4_helpers.nano.phrasings import EVERYDAY, SYSTEM_PROMPTS
+from glm4_helpers.nano.phrasings import EVERYDAY, LEAD_INS, SYSTEM_PROMPTS
 from glm4_helpers.nano.rows import follow_up, related, style_text, styled, user_turn
 from glm4_helpers.nano.world import (
     BRIEF_KINDS,
@@ -30,8 +30,8 @@ from glm4_helpers.nano.world import (
 
 # Kinds that are computed or copied; those named twice are twice as frequent.
 SKILL_KINDS = (
-    "sum", "difference", "larger", "smaller", "ascending", "descending", "count", "count", "list", "list", "quote", "sum",
-    "difference",
+    "sum", "sum", "difference", "difference", "larger", "smaller", "ascending", "ascending", "descending", "descending",
+    "count", "count", "list", "quote", "quote",
 )
 
 
@@ -86,8 +86,13 @@ def statement(rng: random.Random, relation: Relation) -> str:
     return rng.choice((relation.answer, relation.answer, *others))
 
 
+def question(rng: random.Random, task: Task) -> str:
+    """The task in one of the wordings of the pretraining text, at times with a few words before it."""
+    return (rng.choice(LEAD_INS) if rng.random() < 0.2 else "") + user_turn(task, rng, "text")
+
+
 def question_and_answer(rng: random.Random, task: Task) -> list[tuple[str, str]]:
-    return [(user_turn(task, rng, "text"), task.answer)]
+    return [(question(rng, task), task.answer)]
 
 
 def dialogue(rng: random.Random, turns: list[tuple[str, str]], rule: str = "") -> str:
@@ -135,8 +140,8 @@ def order_document(world: World, rng: random.Random) -> str:
                 (
                     f"{category}有{'、'.join(members)}。",
                     f"{'、'.join(members)}都属于{category}，共{len(members)}个。",
-                    f"由小至大：{'、'.join(map(str, numbers))}。",
-                    f"由大至小：{'、'.join(map(str, reversed(numbers)))}。",
+                    f"从小到大：{'、'.join(map(str, numbers))}。",
+                    f"从大到小：{'、'.join(map(str, reversed(numbers)))}。",
                 )
             )
         )
@@ -178,7 +183,7 @@ def story_document(world: World, rng: random.Random) -> str:
 
 def talk_document(world: World, rng: random.Random) -> str:
     """Conversations that go on, greet, introduce, or follow a rule given at the start."""
-    shape = rng.randrange(5)
+    shape = rng.choice((0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4))
     if shape == 0:
         first, *rest = related(world, rng, anything)
         turns = question_and_answer(rng, relation_task(first))
@@ -203,7 +208,7 @@ def talk_document(world: World, rng: random.Random) -> str:
     ]
     quoted = style_text(style, rng) if rng.random() < 0.6 else rng.choice(all_words())
     rule = rng.choice(SYSTEM_PROMPTS[style].text).format(s=quoted)
-    return dialogue(rng, [(user_turn(task, rng, "text"), styled(style, quoted, task)[0]) for task in tasks], rule)
+    return dialogue(rng, [(question(rng, task), styled(style, quoted, task)[0]) for task in tasks], rule)
 
 
 def everyday_document(world: World, rng: random.Random) -> str:
@@ -215,14 +220,14 @@ def everyday_document(world: World, rng: random.Random) -> str:
 
 
 DOCUMENTS: tuple[tuple[Callable[[World, random.Random], str], float], ...] = (
-    (fact_document, 0.17),
-    (question_document, 0.30),
-    (skill_document, 0.13),
-    (equation_document, 0.05),
-    (order_document, 0.06),
-    (copy_document, 0.12),
-    (story_document, 0.05),
-    (talk_document, 0.15),
+    (fact_document, 0.14),
+    (question_document, 0.26),
+    (skill_document, 0.19),
+    (equation_document, 0.04),
+    (order_document, 0.05),
+    (copy_document, 0.09),
+    (story_document, 0.04),
+    (talk_document, 0.16),
     (everyday_document, 0.03),
 )
 

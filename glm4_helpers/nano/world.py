@@ -27,6 +27,7 @@ FIXED_ANSWERS = {
 SHARED_CAPITAL_NAMES = ("金斯敦", "金斯顿")
 RELATION_KINDS = ("word_to_english", "english_to_word", "capital", "capital_of", "opposite", "category", "property")
 BRIEF_KINDS = (*RELATION_KINDS, "sum", "difference")
+LIST_COUNTS = (2, 3, 4)
 OPENINGS = (
     "好的", "同学", "报告", "亲爱的朋友", "老师说", "答案来了", "没问题", "当然可以", "收到", "请看", "听好了", "小朋友",
     "尊敬的客人", "主人", "遵命", "简单", "我来回答", "各位朋友", "嘿", "明白",
@@ -125,11 +126,12 @@ def choose_held_out(world: World) -> dict[str, frozenset[str]]:
     strings = {text for relation in world.relations for text in (*relation.entity, relation.value)}
     strings |= {*facts.ACTIVITIES, *facts.PLACES, *facts.WORDS, *(noun for _, noun in facts.OBJECTS)}
     everything = "\n".join(sorted(strings)) + "\n" + wordings
+    listed = {word for category in facts.WORDS for word in first_members(category, max(LIST_COUNTS))}
     chosen: dict[str, set[str]] = {"dev": set(), "test": set()}
     rng = world.rng("held-out entities")
     for kind, halves in (("category", 55), ("capital", 22), ("opposite", 18), ("property", 24), ("word_to_english", 12)):
         entities = sorted({relation.entity for relation in world.by_kind[kind]})
-        free = [entity for entity in entities if all(everything.count(text) == 1 for text in entity)]
+        free = [entity for entity in entities if all(everything.count(text) == 1 for text in entity) and not listed & {*entity}]
         free = [entity for entity in free if not chosen["dev"].intersection(entity) | chosen["test"].intersection(entity)]
         picked = rng.sample(free, min(2 * halves, len(free) // 3 * 2))
         for half, part in (("dev", picked[::2]), ("test", picked[1::2])):
@@ -144,16 +146,20 @@ def person(rng: random.Random) -> str:
     return rng.choice(facts.SURNAMES) + rng.choice(facts.GIVEN_NAMES)
 
 
-
 def relation_task(relation: Relation) -> Task:
     return Task(relation.kind, {"x": relation.subject}, relation.answer, relation.value)
 
 
-def list_task(rng: random.Random, world: World, usable: Callable[[str], bool]) -> Task:
+def first_members(category: str, count: int) -> list[str]:
+    """The members of a category that every list names: one habit to learn, not a new choice each time."""
+    return [word for word, _ in facts.WORDS[category][:count]]
+
+
+def list_task(rng: random.Random) -> Task:
     category = rng.choice(sorted(facts.WORDS))
     members = [word for word, _ in facts.WORDS[category]]
-    count = rng.randint(2, 4)
-    picked = rng.sample([word for word in members if usable(word)], count)
+    count = rng.choice(LIST_COUNTS)
+    picked = first_members(category, count)
     check = {"type": "distinct_of", "count": count, "members": members, "prefix": "", "suffix": "。", "separator": "、"}
     return Task("list", {"n": str(count), "x": category}, "、".join(picked) + "。", check=check)
 
@@ -247,7 +253,7 @@ def plain_task(world: World, rng: random.Random, kind: str, usable: Callable[[st
     if kind in FIXED_ANSWERS:
         return Task(kind, {}, FIXED_ANSWERS[kind])
     makers: dict[str, Callable[[], Task]] = {
-        "list": lambda: list_task(rng, world, usable),
+        "list": lambda: list_task(rng),
         "sum": lambda: sum_task(rng),
         "difference": lambda: difference_task(rng),
         "larger": lambda: comparison_task(rng, kind),
