@@ -1,11 +1,13 @@
 """The GLM-4 chat format: messages to text, to token ids and to labels. Shown step by step in notebook 03.
 
+Which control tokens a model uses, and what stands in front, is read from its tokenizer: GLM-Edge differs from GLM-4.
 Nothing here reads files or knows about profiles, models or training; rows become messages in ``datasets``.
 """
 
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any, Mapping, NamedTuple, Sequence
 
 from .errors import DataError, ModelError, SettingError
@@ -26,7 +28,9 @@ PREFIX = ("[gMASK]", "<sop>")
 TERMINATOR = "<|endoftext|>"
 
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-"""Any of these ends an answer: GlmConfig's default eos list."""
+"""Any of these ends an answer, where the tokenizer has it: GlmConfig's default eos list."""
+
+_TEMPLATE_FIX = "Load the tokenizer of a GLM-4 or GLM-Edge model: its turns are <|role|>, a newline and the content."
 
 TOOLS_HEADER = (
     "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
@@ -72,6 +76,19 @@ CHAT_TEMPLATE = (
 """Our Jinja template with generation markers: the text of ``render``, plus the terminator after a last answer."""
 
 
+class ChatFormat(NamedTuple):
+    """A tokenizer's chat format as token ids: what opens a conversation, the roles, and the tokens that end an answer.
+
+    ``stops`` are by token, the usual terminator first. ``prompt_end`` is text that the tokenizer's own template puts
+    after the last ``<|assistant|>``: nothing, or a newline.
+    """
+
+    prefix: tuple[int, ...]
+    roles: dict[str, int]
+    stops: dict[str, int]
+    prompt_end: str
+
+
 class Turn(NamedTuple):
     """One rendered turn: ``<|role|>metadata``, a newline, the content (never empty)."""
 
@@ -99,16 +116,17 @@ def encode(tokenizer, messages: Sequence[Mapping[str, Any]], terminator: str = T
     in the middle the input keeps the next role token while the label there is the terminator: every answer learns
     the same ending. Control tokens are placed by id, so no text in a message can forge a turn.
 
-    Raises DataError for unusable messages, ModelError for a tokenizer without GLM-4's special tokens.
+    Raises DataError for unusable messages, SettingError for a terminator that ends nothing, and ModelError for a
+    tokenizer whose chat format is another.
     """
     turns = _turns(messages)
-    control = _control_ids(tokenizer)
-    end = _terminator_id(control, terminator)
-    ids = [control[token] for token in PREFIX]
+    chat = read_format(tokenizer)
+    end = _terminator_id(chat, terminator)
+    ids = list(chat.prefix)
     labels = [IGNORE] * len(ids)
     after_answer = False
     for turn, metadata, body in zip(turns, *_turn_ids(tokenizer, turns)):
-        ids += [control[f"<|{turn.role}|>"], *metadata, *body]
+        ids += [_role_id(chat, turn.role), *metadata, *body]
         labels += [end if after_answer else IGNORE] + [IGNORE] * len(metadata)
         after_answer = turn.role == "assistant"
         labels += body if after_answer else [IGNORE] * len(body)
@@ -119,7 +137,8 @@ def encode(tokenizer, messages: Sequence[Mapping[str, Any]], terminator: str = T
 
 
 def prompt_ids(tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids that ask for the next answer: the conversation, then ``<|assistant|>`` (the model emits the newline).
+    """Token ids that ask for the next answer: the conversation, then ``<|assistant|>`` (in GLM-4 the model itself emits
+    the newline that follows).
 
     Raises DataError for unusable messages and where the last turn with content is the assistant's own.
     """
@@ -129,11 +148,12 @@ def prompt_ids(tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
             "There is nothing to answer: the last message with content is the assistant's.",
             "End the conversation with a message of role user (or observation).",
         )
-    control = _control_ids(tokenizer)
-    ids = [control[token] for token in PREFIX]
+    chat = read_format(tokenizer)
+    ids = list(chat.prefix)
     for turn, metadata, body in zip(turns, *_turn_ids(tokenizer, turns)):
-        ids += [control[f"<|{turn.role}|>"], *metadata, *body]
-    return ids + [control["<|assistant|>"]]
+        ids += [_role_id(chat, turn.role), *metadata, *body]
+    end = tokenizer(chat.prompt_end, add_special_tokens=False)["input_ids"] if chat.prompt_end else []
+    return [*ids, chat.roles["assistant"], *end]
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -148,9 +168,61 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]
 
 
 def stop_ids(tokenizer) -> list[int]:
-    """The ids of STOP_TOKENS in this tokenizer. Raises ModelError for one without them."""
-    control = _control_ids(tokenizer)
-    return [control[token] for token in STOP_TOKENS]
+    """The ids that end an answer, the usual terminator first. Raises ModelError as ``read_format`` does."""
+    return list(read_format(tokenizer).stops.values())
+
+
+def read_format(tokenizer) -> ChatFormat:
+    """The chat format of a tokenizer, from its special tokens and its chat template.
+
+    A template has to write every turn as ``<|role|>``, newline, content, and to end a prompt with ``<|assistant|>``;
+    what it puts in front of the first turn is the prefix. Without a template the prefix is what the tokenizer itself
+    puts in front of text. Raises ModelError where tokens are absent or the template writes something else.
+    """
+    control = tokenizer.get_added_vocab()
+    roles = {role: control[f"<|{role}|>"] for role in ROLES if f"<|{role}|>" in control}
+    known = dict.fromkeys((TERMINATOR, tokenizer.eos_token, *STOP_TOKENS))
+    stops = {token: control[token] for token in known if token in control}
+    missing = [f"<|{role}|>" for role in ("user", "assistant") if role not in roles]
+    if missing or set(stops) <= {f"<|{role}|>" for role in ROLES}:
+        raise ModelError(
+            f"This tokenizer lacks the special tokens {', '.join(missing) or TERMINATOR}.",
+            "Load the tokenizer of a GLM-4 or GLM-Edge model, such as the shipped weights/glm4-nano.",
+        )
+    if tokenizer.chat_template is None:
+        return ChatFormat(tuple(tokenizer("")["input_ids"]), roles, stops, "")
+    special = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    prefix, prompt_end = _template_ends(tokenizer.chat_template, special)
+    return ChatFormat(_prefix_ids(tokenizer, prefix, control), roles, stops, prompt_end)
+
+
+@lru_cache(maxsize=16)
+def _template_ends(template: str, special_tokens: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    """What a chat template writes in front of the first turn, and after the last ``<|assistant|>``."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    turns = (("user", "A"), ("assistant", "B"), ("user", "C"))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    wanted = "".join(f"<|{role}|>\n{content}" for role, content in turns) + "<|assistant|>"
+    try:
+        rendered, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, **dict(special_tokens)
+        )
+    except Exception as error:  # templates raise errors of their own, of many kinds
+        raise ModelError(f"This tokenizer's chat template fails: {error}.", _TEMPLATE_FIX) from error
+    prefix, found, end = rendered[0].partition(wanted)
+    if not found or end not in ("", "\n"):
+        raise ModelError(f"This tokenizer's chat template writes {rendered[0]!r}, not {wanted!r}.", _TEMPLATE_FIX)
+    return prefix, end
+
+
+def _prefix_ids(tokenizer, prefix: str, control: Mapping[str, int]) -> tuple[int, ...]:
+    ids = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
+    if not set(ids) <= set(control.values()):
+        raise ModelError(
+            f"This tokenizer's chat template opens with the text {prefix!r}, not with special tokens only.", _TEMPLATE_FIX
+        )
+    return tuple(ids)
 
 
 def _turn_ids(tokenizer, turns: Sequence[Turn]) -> tuple[list[list[int]], list[list[int]]]:
@@ -161,26 +233,21 @@ def _turn_ids(tokenizer, turns: Sequence[Turn]) -> tuple[list[list[int]], list[l
     return ids[: len(turns)], ids[len(turns) :]
 
 
-def _control_ids(tokenizer) -> dict[str, int]:
-    """Ids of the added tokens; every control token of the format is among them."""
-    control = tokenizer.get_added_vocab()
-    needed = [*PREFIX, *STOP_TOKENS, *(f"<|{role}|>" for role in ROLES)]
-    missing = [token for token in dict.fromkeys(needed) if token not in control]
-    if missing:
+def _role_id(chat: ChatFormat, role: str) -> int:
+    if role not in chat.roles:
         raise ModelError(
-            f"This tokenizer lacks the special tokens {', '.join(missing)}.",
-            "Load the tokenizer of a GLM-4 model, such as the shipped weights/glm4-nano.",
+            f"This tokenizer has no token <|{role}|>.", f"Give messages of the roles {', '.join(chat.roles)} only."
         )
-    return control
+    return chat.roles[role]
 
 
-def _terminator_id(control: Mapping[str, int], terminator: str) -> int:
-    if terminator not in STOP_TOKENS:
+def _terminator_id(chat: ChatFormat, terminator: str) -> int:
+    if terminator not in chat.stops:
         raise SettingError(
-            f"The terminator {terminator!r} is not a stop token of GLM-4.",
-            f"Use one of {', '.join(STOP_TOKENS)}.",
+            f"The terminator {terminator!r} is not a stop token of this model.",
+            f"Use one of {', '.join(chat.stops)}.",
         )
-    return control[terminator]
+    return chat.stops[terminator]
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:

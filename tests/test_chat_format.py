@@ -14,6 +14,7 @@ from glm4_helpers.chat_format import (
     encode,
     plain_messages,
     prompt_ids,
+    read_format,
     render,
     stop_ids,
 )
@@ -215,5 +216,93 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
     from transformers import PreTrainedTokenizerFast
 
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
-    with pytest.raises(ModelError, match="<sop>"):
+    with pytest.raises(ModelError, match=r"<\|user\|>, <\|assistant\|>"):
         encode(other, [user("a")])
+
+
+# The format of other tokenizers
+
+
+EDGE_TEMPLATE = "{% for item in messages %}<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}<|assistant|>"
+"""GLM-Edge's: no prefix, and the prompt's end whether it is asked for or not."""
+
+
+def tokenizer_with(tokens, template, eos=END):
+    """A character tokenizer with these special tokens and this template, and no prefix of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.add_special_tokens(list(tokens))
+    extra = [token for token in tokens if token != eos]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=eos, additional_special_tokens=extra, chat_template=template
+    )
+
+
+@pytest.fixture
+def edge_tokenizer():
+    return tokenizer_with(SPECIAL_TOKENS, EDGE_TEMPLATE)
+
+
+def test_glm_edges_format_has_no_prefix_and_is_read_from_its_template(edge_tokenizer):
+    messages = [{"role": "system", "content": "你是翻译。"}, user("苹果"), assistant("apple"), user("梨")]
+    ids = prompt_ids(edge_tokenizer, messages)
+    assert ids == edge_tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert edge_tokenizer.decode(ids).startswith("<|system|>\n你是翻译。<|user|>")
+    row = encode(edge_tokenizer, messages[:3])
+    assert edge_tokenizer.decode(row["input_ids"]) == "<|system|>\n你是翻译。<|user|>\n苹果<|assistant|>\napple" + END
+    assert learned(edge_tokenizer, row) == "\napple" + END
+    assert edge_tokenizer.convert_ids_to_tokens(stop_ids(edge_tokenizer)) == list(STOP_TOKENS)
+
+
+def test_a_prefix_of_the_tokenizers_own_is_kept(nano_tokenizer):
+    read = read_format(nano_tokenizer)
+    assert nano_tokenizer.convert_ids_to_tokens(list(read.prefix)) == ["[gMASK]", "<sop>"]
+    assert read.prompt_end == ""
+
+
+def test_without_a_template_the_prefix_is_what_the_tokenizer_puts_before_text(nano_tokenizer, edge_tokenizer):
+    import copy
+
+    plain, edge = copy.deepcopy(nano_tokenizer), edge_tokenizer
+    plain.chat_template = edge.chat_template = None
+    assert read_format(plain) == read_format(nano_tokenizer)
+    assert read_format(edge).prefix == ()
+
+
+def test_a_newline_that_the_template_puts_after_the_last_role_ends_the_prompt():
+    tokenizer = tokenizer_with(SPECIAL_TOKENS, "[gMASK]<sop>" + EDGE_TEMPLATE + "{{ '\n' }}")
+    ids = prompt_ids(tokenizer, [user("苹果")])
+    assert tokenizer.decode(ids) == "[gMASK]<sop><|user|>\n苹果<|assistant|>\n"
+    assert ids == tokenizer.apply_chat_template([user("苹果")], return_dict=True)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for item in messages %}{{ item['role'] }}: {{ item['content'] }}\n{% endfor %}", "writes 'user: A"),
+        ("You are helpful." + EDGE_TEMPLATE, "opens with the text 'You are helpful.'"),
+        (EDGE_TEMPLATE + "<think>", "writes '<|user|>"),
+        ("{{ 1 / 0 }}", "template fails"),
+    ],
+)
+def test_a_template_of_another_kind_is_refused_with_what_it_writes(template, problem):
+    with pytest.raises(ModelError) as caught:
+        prompt_ids(tokenizer_with(SPECIAL_TOKENS, template), [user("一")])
+    assert problem in caught.value.problem and "GLM-Edge" in caught.value.fix
+
+
+def test_tokens_that_a_format_needs_are_named_where_absent():
+    without_user = [token for token in SPECIAL_TOKENS if token != "<|user|>"]
+    with pytest.raises(ModelError, match=r"lacks the special tokens <\|user\|>"):
+        stop_ids(tokenizer_with(without_user, EDGE_TEMPLATE))
+    roles_only = ["<|system|>", "<|user|>", "<|assistant|>"]
+    with pytest.raises(ModelError, match=r"lacks the special tokens <\|endoftext\|>"):
+        stop_ids(tokenizer_with(roles_only, EDGE_TEMPLATE, eos="<|user|>"))
+    tokenizer = tokenizer_with([END, *roles_only], EDGE_TEMPLATE)
+    assert tokenizer.convert_ids_to_tokens(stop_ids(tokenizer)) == [END, "<|user|>"]
+    with pytest.raises(ModelError, match=r"no token <\|observation\|>"):
+        prompt_ids(tokenizer, [user("一"), assistant("1"), {"role": "observation", "content": "2"}])

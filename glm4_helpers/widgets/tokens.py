@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from transformers import PreTrainedTokenizerBase
 
-from ..chat_format import IGNORE, PREFIX, ROLES, TERMINATOR, encode
+from ..chat_format import IGNORE, ROLES, TERMINATOR, encode, read_format
 from ..datasets import to_messages
 from ..plots import BACKGROUND, new_figure, style
 
@@ -56,8 +56,8 @@ def token_boxes(
 ) -> list[TokenBox]:
     """The tokens of one row or list of messages, in order. Raises DataError for a row that is not usable."""
     encoded = encode(tokenizer, _messages(row), terminator)
-    control = tokenizer.get_added_vocab()
-    roles = {control[f"<|{role}|>"]: role for role in ROLES} | {control[token]: "prefix" for token in PREFIX}
+    chat = read_format(tokenizer)
+    roles = {token: role for role, token in chat.roles.items()} | dict.fromkeys(chat.prefix, "prefix")
     role, boxes = "prefix", []
     for token_id, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
         role = roles.get(token_id, role)
