@@ -85,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Without this, Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        print("Fix: Check the path, its permissions and the free space there.", file=sys.stderr)
+        return 2
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -97,12 +97,6 @@ def verify(folder: Path, profile: Profile) -> None:
 
     models.check_weights(folder, profile)
     models.load_tokenizer(profile)
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
-    if profile.architecture not in found:
-        raise ModelError(
-            f"{folder} holds a {found[0]}; {profile.name} needs {profile.architecture}.",
-            f"Move the folder away and run: python -m glm4_helpers download --profile {profile.name}",
-        )
 
 
 def check_disk(folder: Path, files: Sequence[RemoteFile]) -> None:

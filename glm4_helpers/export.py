@@ -156,8 +156,11 @@ def _merged(
 def certify(profile: Profile, adapter_dir: Path, folder: Path, prompts: Sequence[str] = PROMPTS) -> Certificate:
     """Compare an exported folder with base model and adapter, write CERTIFICATE_FILE into it and return it.
 
-    Raises ModelError, naming all that is wrong, where it does not answer as base and adapter do.
+    Raises ModelError, naming all that is wrong, where it does not answer as base and adapter do, and for a folder
+    without a model.
     """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"There is no exported model in {folder}.", "Name a folder that export wrote.")
     tokenizer = models.load_tokenizer(profile)
     same_ids = _same_ids(tokenizer, folder, prompts)
     dtype = _compute_dtype(profile)

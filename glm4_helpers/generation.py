@@ -56,7 +56,7 @@ def answers(
     penalty counts the answer's own tokens only. Raises SettingError for settings out of range and DataError for
     conversations with nothing to answer.
     """
-    _check_settings(max_new_tokens, temperature, top_p, repetition_penalty, batch_size)
+    check_settings(max_new_tokens, temperature, top_p, repetition_penalty, batch_size)
     settings = (max_new_tokens, temperature, top_p, repetition_penalty)
     stops = stop_ids(tokenizer)
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
@@ -77,7 +77,7 @@ def continuations(
 
     This asks a base model what it knows without the chat format. Raises SettingError for settings out of range.
     """
-    _check_settings(max_new_tokens, 0.0, 1.0, 1.0, batch_size)
+    check_settings(max_new_tokens, 0.0, 1.0, 1.0, batch_size)
     if not texts:
         return []
     ends = tokenizer(stop_at, add_special_tokens=False)["input_ids"] if stop_at else []
@@ -108,7 +108,7 @@ def stream(
     so does closing the iterator. The thread is over when the iterator is, and its errors are raised here. Settings
     and messages are checked at the call, before the first piece is asked for.
     """
-    _check_settings(max_new_tokens, temperature, top_p, repetition_penalty, 1)
+    check_settings(max_new_tokens, temperature, top_p, repetition_penalty)
     prompt = prompt_ids(tokenizer, messages)
     settings = (max_new_tokens, temperature, top_p, repetition_penalty)
     return _stream(model, tokenizer, prompt, settings, seed, stop_event)
@@ -130,16 +130,17 @@ def fit_history(
             return kept, dropped
     raise SettingError(
         f"The last message{' with the system prompt' if system else ''} is {length:,} tokens long; {max_tokens:,} fit.",
-        "Shorten the message, or lower the number of new tokens.",
+        f"Shorten the message{' or the system prompt' if system else ''}, or lower the number of new tokens.",
     )
 
 
 # Settings
 
 
-def _check_settings(
-    max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float, batch_size: int
+def check_settings(
+    max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float, batch_size: int = 1
 ) -> None:
+    """Raise SettingError, naming the setting, for one that is out of range."""
     checks = (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number such as 0.6"),

@@ -53,15 +53,19 @@ def base_folder(profile: Profile) -> Path:
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
-    """The tokenizer in `base_folder(profile)`, padding on the left with `<|endoftext|>`.
+    """The tokenizer in `base_folder(profile)`, padding on the left with its terminator (`<|endoftext|>`).
 
-    Raises ModelError where its files are absent or lack GLM-4's special tokens.
+    Raises ModelError where its files are absent, or its special tokens or chat template are not of GLM-4's kind.
     """
     folder = base_folder(profile)
     _require_json(folder, ("tokenizer.json", "tokenizer_config.json"), profile)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
-    chat_format.stop_ids(tokenizer)
-    tokenizer.pad_token = chat_format.STOP_TOKENS[0]
+    if (folder / "config.json").is_file():  # transformers reads it too, and would ask whether to run code it names
+        _check_architecture(folder, profile)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+    except Exception as error:  # the tokenizers library raises KeyError, ValueError and plain Exception
+        raise ModelError(f"The tokenizer in {folder} can't be loaded: {error!r}.", _weights_fix(profile)) from error
+    tokenizer.pad_token = next(iter(chat_format.read_format(tokenizer).stops))
     return tokenizer
 
 
@@ -81,7 +85,15 @@ def load_base_model(
     _refuse_float16_gpu(profile, options["dtype"])
     if profile.quantization is not None:
         options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        **options,
+    )
+    _check_loaded(found, folder, profile)
     set_stop_ids(model, load_tokenizer(profile))
     model.generation_config.max_length = None  # chat models ship one, and transformers warns at every answer
     return model.eval() if profile.quantization is not None else model.to(device).eval()
@@ -205,12 +217,38 @@ def _refuse_float16_gpu(profile: Profile, dtype: torch.dtype) -> None:
 
 
 def check_weights(folder: Path, profile: Profile) -> None:
-    """Raise ModelError, naming the first file at fault, unless config and all weights are there and whole."""
+    """Raise ModelError, naming the first file at fault, unless config and all weights are there and whole.
+
+    The config has to be of the profile's architecture: another one, or the old format with its own code, is refused.
+    """
     _require_json(folder, ("config.json",), profile)
+    _check_architecture(folder, profile)
     for file in weight_files(folder, profile):
         problem = _damage(file)
         if problem:
             raise ModelError(f"{file} {problem}.", _weights_fix(profile))
+
+
+def _check_architecture(folder: Path, profile: Profile) -> None:
+    config = _read_json(folder / "config.json", _weights_fix(profile))
+    architecture = (config.get("architectures") or ["model without an architecture"])[0]
+    if architecture == profile.architecture and "auto_map" not in config:
+        return
+    old = ", in the old format that needs its own remote code" if "auto_map" in config else ""
+    raise ModelError(
+        f"{folder} holds a {architecture}{old}; {profile.name} needs {profile.architecture}.",
+        f"Choose the profile of that model, or move the folder away. {_weights_fix(profile)}",
+    )
+
+
+def _check_loaded(found: Mapping[str, Any], folder: Path, profile: Profile) -> None:
+    """Raise ModelError for weights that transformers would replace by random ones."""
+    absent, misfits = sorted(found["missing_keys"]), sorted(key[0] for key in found["mismatched_keys"])
+    if absent or misfits:
+        what = f"lack {absent[0]}" if absent else f"hold {misfits[0]} in another shape than config.json says"
+        raise ModelError(
+            f"The weights in {folder} {what} ({len(absent)} absent, {len(misfits)} of another shape).", _weights_fix(profile)
+        )
 
 
 def weight_files(folder: Path, profile: Profile) -> list[Path]:

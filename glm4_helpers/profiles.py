@@ -292,7 +292,12 @@ _AT_LEAST_ONE = {
     "max_new_tokens",
 }  # fmt: skip
 _FRACTIONS = {"dropout", "warmup_fraction", "dev_fraction"}
-_CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "quantization": (None, "nf4")}
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "quantization": (None, "nf4"),
+    # Those of transformers that need no settings of their own.
+    "lr_scheduler": ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+}
 
 
 def _checked(owner: type, field: str, key: str, value: Any) -> Any:
@@ -305,7 +310,8 @@ def _checked(owner: type, field: str, key: str, value: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     if field in _CHOICES and value not in _CHOICES[field]:
         choices = ", ".join(str(choice) for choice in _CHOICES[field])
-        raise SettingError(f"{key} can't be {value!r}.", f"Use one of {choices} (float16 gives NaN on GLM-4-9B).")
+        why = " (float16 gives NaN on GLM-4-9B)" if field == "dtype" else ""
+        raise SettingError(f"{key} can't be {value!r}.", f"Use one of {choices}{why}.")
     rule = _broken_rule(field, value)
     if rule:
         raise SettingError(f"{key} can't be {value!r}.", f"Give {key} {rule}.")

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CourseError, ModelError, SettingError
-from .generation import Answer, fit_history, stream
+from .generation import Answer, check_settings, fit_history, stream
 from .models import adapter_off, check_adapter, load_adapter, load_base_model, load_tokenizer
 from .paths import outputs_dir
 from .profiles import Profile
@@ -64,18 +64,30 @@ def run_chat(
     `adapter_dir` None chats with the base model alone; `max_new_tokens`, `system` and `dtype` None take the
     profile's (for "auto" float32). In a terminal lines are edited and Ctrl-C stops an answer only. Over a pipe every
     input line is a message or a command, standard output holds the answers alone, and notices go to standard error.
-    Raises ModelError where weights or adapter are absent or do not fit.
+    Raises SettingError for settings out of range, ModelError where weights or adapter are absent or do not fit.
     """
-    settings = ChatSettings(max_new_tokens or profile.max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    length = profile.max_new_tokens if max_new_tokens is None else max_new_tokens
+    check_settings(length, temperature, top_p, repetition_penalty)
+    settings = ChatSettings(length, temperature, top_p, repetition_penalty, seed)
     console = _Terminal(profile.name) if sys.stdin.isatty() and sys.stdout.isatty() else _Pipe()
     tokenizer = load_tokenizer(profile)
     # "auto" is about training speed; answers are to be those that evaluation scores, in float32.
     model = load_base_model(profile, dtype or ("float32" if profile.dtype == "auto" else None))
+    _check_room(model, length)
     chat = Chat(profile, tokenizer, model, settings, console, system if system is not None else profile.system_prompt)
     if adapter_dir is not None:
         chat.use_adapter(Path(adapter_dir))
     chat.run()
     return 0
+
+
+def _check_room(model: PreTrainedModel, max_new_tokens: int) -> None:
+    positions = model.config.max_position_embeddings
+    if max_new_tokens >= positions:
+        raise SettingError(
+            f"max_new_tokens can't be {max_new_tokens:,}: question and answer share the model's {positions:,} positions.",
+            f"Give max_new_tokens well below {positions:,}.",
+        )
 
 
 @dataclass
@@ -205,7 +217,7 @@ class Chat:
         if state not in ("", "on", "off"):
             raise SettingError(f"/adapter can't be {state!r}.", "Write /adapter on or /adapter off.")
         if self.adapter_dir is None:
-            raise ModelError("There is no adapter to switch: this is the base model.", "Load one: /checkpoint NAME.")
+            raise ModelError("There is no adapter to switch: this is the base model alone.", "Load one: /checkpoint NAME.")
         self.adapter_on = state == "on" if state else self.adapter_on
         self.console.note(self._voice())
 

@@ -56,7 +56,7 @@ def start_run(
     continues that one in the cloud; see ``replay`` for the others. Raises SettingError for an unknown mode or a
     missing key, MachineError where the dashboard is not installed or the cloud can't be reached. Never asks anything.
     """
-    _check(mode)
+    check_mode(mode)
     import swanlab
 
     folder = Path(directory) if directory is not None else outputs_dir("swanlog")
@@ -139,8 +139,8 @@ def finish(error: BaseException | None = None) -> None:
             swanlab.finish(state="crashed", error=f"{type(error).__name__}: {error}")
 
 
-def _check(mode: str) -> None:
-    """Raise for what would make SwanLab prompt, hang or crash."""
+def check_mode(mode: str) -> None:
+    """Raise SettingError or MachineError for what would make SwanLab prompt, hang or crash in this mode."""
     if mode not in MODES:
         raise SettingError(f"There is no tracking mode {mode!r}.", f"Use one of {', '.join(MODES)}.")
     if mode == "disabled":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,7 +256,14 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = _flat(before), _flat(now)
     names = [name for name in {**old, **new} if name.removeprefix("profile.") not in _NO_EFFECT]
     changed = [name for name in names if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
+    return "; ".join(
+        f"{name.removeprefix('profile.')} was {_brief(old.get(name))} and is {_brief(new.get(name))}" for name in changed
+    )
+
+
+def _brief(value: Any) -> str:
+    """A setting as it reads in a sentence; of a fingerprint the start is enough."""
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) else repr(value)
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -288,17 +296,22 @@ def train(
 
     An unfinished run of the same settings, rows, base and versions goes on from its newest complete checkpoint and
     ends as if it had never stopped; ``resume=False`` starts anew. An adapter that is already there stays until the new
-    one is whole. Raises SettingError where another process trains into the same folder, DataError and ModelError for
-    rows or weights that are absent or don't fit.
+    one is whole. Raises SettingError where another process trains into the same folder or the unfinished run there is
+    of other settings, DataError and ModelError for rows or weights that are absent or don't fit.
     """
     _join_processes()
+    tracking.check_mode(tracking_mode)
     output = _output(profile, output_dir)
     models.check_weights(models.base_folder(profile), profile)
     messages = _messages(profile)
+    if profile.lora is not None:
+        models.check_target_modules(models.meta_model(profile), profile.lora.target_modules)
+    tokenizer = models.load_tokenizer(profile)
     with _sole_use(output), _without_known_warnings():
+        rows = _rows(profile, tokenizer, *messages)  # before anything of an earlier run is removed
         facts = _facts(profile, *messages)
         start = _shared(lambda: _start(profile, output / "checkpoints", facts, resume))
-        return _train(profile, output, messages, facts, start, tracking_mode, callbacks)
+        return _train(profile, output, tokenizer, rows, facts, start, tracking_mode, callbacks)
 
 
 def train_or_load(
@@ -327,7 +340,8 @@ def train_or_load(
 def _train(
     profile: Profile,
     output: Path,
-    messages: tuple[Dataset, Dataset | None],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: _Rows,
     facts: Mapping[str, Any],
     start: _Start,
     tracking_mode: str,
@@ -336,8 +350,6 @@ def _train(
     work = output / "checkpoints"
     dtype = getattr(torch, start.dtype)
     config = sft_config(profile, work, dtype)  # before the model: DeepSpeed's ZeRO-3 loads weights by it
-    tokenizer = models.load_tokenizer(profile)
-    rows = _rows(profile, tokenizer, *messages)
     model = models.load_base_model(profile, dtype)
     marking = MarkComplete(start.checkpoint)
     report = tracking.log_answers if tracking_mode != "disabled" else None
@@ -397,16 +409,23 @@ class _Start:
 
 
 def _start(profile: Profile, work: Path, facts: Mapping[str, Any], resume: bool) -> _Start:
-    """Go on from the newest complete checkpoint of the same run, else begin with an empty folder."""
+    """Go on from the newest complete checkpoint of the same run, else begin with an empty folder.
+
+    Raises SettingError for an unfinished run of other settings, rows, base or versions, which stays as it is.
+    """
     run = read_json(work / RUN_FILE)
     checkpoint = _newest(work)
     if run is None or not resume or run["finished"]:
         return _anew(profile, work, facts)
-    if changed := _difference(run["facts"], {**facts, "folder": str(work)}):
-        _say(f"Starting anew, not from the unfinished run in {_shown(work)}: {changed}.")
-        return _anew(profile, work, facts)
+    changed = _difference(run["facts"], {**facts, "folder": str(work)})
     if checkpoint is None:
-        return _anew(profile, work, facts, run)
+        return _anew(profile, work, facts, None if changed else run)
+    if changed:
+        raise SettingError(
+            f"{_shown(work)} holds an unfinished run of another kind: {changed}.",
+            "Use its settings to go on with it, or another folder (--output, output_dir) to keep it; "
+            "--no-resume (resume=False) starts anew and deletes it.",
+        )
     for step, folder in checkpoint_folders(work):
         if step > int(checkpoint.name.rpartition("-")[2]):
             shutil.rmtree(folder)
@@ -456,7 +475,12 @@ def _sole_use(output: Path) -> Iterator[None]:
     if not PartialState().is_main_process:
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"The output folder {output} can't be created: {error.strerror}.", "Choose another one (--output, output_dir)."
+        ) from error
     lock = FileLock(output / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -1,7 +1,8 @@
-"""What all tests share: no network, none of the caller's settings, the shipped model, and a tiny random one."""
+"""What all tests share: no network, none of the caller's settings, the shipped model, a tiny random one, and a report."""
 
 from __future__ import annotations
 
+import logging
 import os
 import string
 from pathlib import Path
@@ -13,7 +14,39 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "weights" / "glm4-nano"
+REPORT = pytest.StashKey[dict[str, list[tuple[float, str]]]]()
 COMMON_CHINESE = "你好我叫什么名字告诉苹果英文的是一二三四五六七八九十天气北京很今多少等于吗了在有不人个大家请。，？！：、“”"
+
+
+def pytest_configure(config):
+    config.stash[REPORT] = {}
+
+
+@pytest.fixture(scope="session")
+def report(pytestconfig):
+    """``report(title, text, order=0)`` shows text below a title when all tests are done, lowest order first."""
+
+    def add(title: str, text: str, order: float = 0) -> None:
+        pytestconfig.stash[REPORT].setdefault(title, []).append((order, text))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for title, entries in config.stash[REPORT].items():
+        terminalreporter.section(title)
+        for _, text in sorted(entries, key=lambda entry: entry[0]):
+            terminalreporter.write_line(text)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before():
+    """The command line quiets the libraries' loggers; tests that look for their warnings must not depend on the order."""
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -137,8 +137,10 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(course, tmp_path):
     run = json.loads((output / "checkpoints" / "run.json").read_text())
     (output / "checkpoints" / "run.json").write_text(json.dumps({**run, "finished": False}))
     second = train_here(course, output, "--set", "training.seed=2")
-    assert second.returncode == 0, second.stderr
-    assert "Starting anew" in second.stdout and "training.seed was 1 and is 2" in second.stdout
+    assert second.returncode == 2 and "training.seed was 1 and is 2" in second.stderr
+    assert list((output / "checkpoints").glob("checkpoint-*")), "what was trained so far is kept"
+    anew = train_here(course, output, "--set", "training.seed=2", "--no-resume")
+    assert anew.returncode == 0, anew.stderr
 
 
 def train_here(course, output, *options):

@@ -46,6 +46,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, and nothing else, to stdout")
 
 
+def count(text: str) -> int:
+    """An option's value as a whole number from 1."""
+    number = int(text)  # what argparse says of a ValueError names option and value
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return number
+
+
+def gibibytes(text: str) -> float:
+    """An option's value as a number of GiB above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB above 0")
+    return number
+
+
 def chosen_profile(arguments: argparse.Namespace, **overrides: Any) -> Profile:
     """The profile of the command line. Later ones win: --config, --set, then ``overrides`` (those not None)."""
     config = getattr(arguments, "config", None)

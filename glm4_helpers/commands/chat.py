@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import adapter_folder, add_settings, chosen_profile
+from . import adapter_folder, add_settings, chosen_profile, count
 
 HELP = "talk to the base model and the fine-tuned one in the terminal"
 EXAMPLES = """\
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=0.8, metavar="P", help="used with a temperature (default: 0.8)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 (the default) is none")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampled answers repeatable")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: the profile's)")
+    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="length of an answer (default: the profile's)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import add_json, add_settings, chosen_profile, show
+from . import add_json, add_settings, chosen_profile, count, gibibytes, show
 
 HELP = "work out how much memory fine-tuning takes, and the largest batch that fits"
 EXAMPLES = """\
@@ -20,9 +20,9 @@ Nothing is loaded or measured: this is arithmetic. How far it was off in measure
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--batch", type=int, metavar="N", help="rows a device (default: the profile's)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens a row (default: the profile's max_length)")
-    parser.add_argument("--gpus", type=int, metavar="N", help="how many devices share the work (default: 1)")
+    parser.add_argument("--batch", type=count, metavar="N", help="rows a device (default: the profile's)")
+    parser.add_argument("--length", type=count, metavar="N", help="tokens a row (default: the profile's max_length)")
+    parser.add_argument("--gpus", type=count, metavar="N", help="how many devices share the work (default: 1)")
     parser.add_argument(
         "--zero", type=int, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage; 0 is plain data parallel (default: 0)"
     )
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits (default: the profile's)")
     parser.add_argument("--device", choices=("gpu", "cpu"), help="what trains (default: gpu)")
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="also find the largest batch that fits in so many GiB"
+        "--gpu-memory", type=gibibytes, metavar="GIB", help="also find the largest batch that fits in so many GiB"
     )
     parser.add_argument("--formulas", action="store_true", help="show each part's formula and its source")
     add_json(parser)

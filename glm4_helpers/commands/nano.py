@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import add_json, show
+from . import add_json, count, show
 
 HELP = "make glm4-nano's data again, or pretrain it again"
 EXAMPLES = """\
@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
     data = steps.add_parser("data", help="write the rows, the cloze facts and the pretraining text")
     data.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: data/ of the course)")
-    data.add_argument("--documents", type=int, metavar="N", help="pretraining documents (default: as for glm4-nano)")
+    data.add_argument("--documents", type=count, metavar="N", help="pretraining documents (default: as for glm4-nano)")
     add_json(data)
     pretrain = steps.add_parser("pretrain", help="pretrain the base model; goes on where it was interrupted")
     pretrain.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: weights/glm4-nano)")
-    pretrain.add_argument("--epochs", type=int, metavar="N", help="passes over the text (default: as for glm4-nano)")
+    pretrain.add_argument("--epochs", type=count, metavar="N", help="passes over the text (default: as for glm4-nano)")
     pretrain.add_argument("--compile", action="store_true", help="use torch.compile: needs a C++ compiler, a little faster")
     add_json(pretrain)
 

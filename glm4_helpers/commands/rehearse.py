@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import add_json, add_profile, chosen_profile, show
+from . import add_json, add_profile, chosen_profile, count, show
 
 HELP = "try a profile's whole path at its true shape with random weights"
 EXAMPLES = """\
@@ -20,8 +20,8 @@ needed, and the answers mean nothing. Memory is measured in each stage and stand
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
-    parser.add_argument("--layers", type=int, metavar="N", help="so many layers only (default: all)")
-    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of each row (default: 256)")
+    parser.add_argument("--layers", type=count, metavar="N", help="so many layers only (default: all)")
+    parser.add_argument("--tokens", type=count, default=256, metavar="N", help="tokens of each row (default: 256)")
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to build (default: outputs/rehearsal)")
     parser.add_argument("--keep", action="store_true", help="keep the folder when done (it is large)")
     add_json(parser)
