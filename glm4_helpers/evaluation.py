@@ -1,15 +1,17 @@
 """Before/after scores on held-out rows: right answers with intervals, stop rate, loss, and what the base still knows.
 
+glm4-nano's rows have answers that are right or wrong; the larger profiles' free text is judged by loss and stop rate.
 Answers come from generation.py; figures are drawn in plots.py. Nothing here trains or chooses anything.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .chat_format import IGNORE, encode
-from .datasets import to_messages
-from .errors import DataError
+from .chat_format import IGNORE, TERMINATOR, encode, stop_ids
+from .datasets import load_messages, split, to_messages
+from .errors import DataError, ModelError
 from .generation import Answer, answers, continuations
-from .models import adapter_off, load_adapter, load_base_model, load_tokenizer
+from .models import adapter_off, check_adapter, load_adapter, load_base_model, load_tokenizer, meta_model
 from .paths import home
-from .profiles import Profile
+from .profiles import Profile, get_profile, profile_names
 
 SET_NAMES = ("unseen_rows", "unseen_entities", "unseen_phrasings", "second_turns")
 SENTENCE_ENDS = "。！？\n，；"
+
+FREE_TEXT_SET = "held_out_rows"
+FREE_TEXT_ROWS = 200
+"""How many held-out rows of free text are scored: a 9B on one GPU answers them in minutes, not hours."""
+
+BASELINE_TERMINATOR = "<|user|>"
+"""How the published chat models end an answer: with the next turn's role."""
+
+Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,10 +123,12 @@ def evaluate_rows(
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = 64,
     max_new_tokens: int = 200,
+    terminator: str = TERMINATOR,
 ) -> SetScores:
-    """Answer every row greedily and score it. Rows are Alpaca rows, with `check` where an answer can be right."""
+    """Answer every row greedily and score it. Rows are as `to_messages` takes them, with `check` where an answer can be
+    right; the loss expects `terminator` after each answer."""
     conversations = [to_messages(row, where=f"row {number}") for number, row in enumerate(rows, 1)]
-    given = _answers_by_length(model, tokenizer, rows, conversations, batch_size, max_new_tokens)
+    given = _answers_by_length(model, tokenizer, conversations, batch_size, max_new_tokens)
     checked = all("check" in row for row in rows)
     right = [is_right(row, answer) if checked else None for row, answer in zip(rows, given, strict=True)]
     records = tuple(
@@ -129,11 +142,12 @@ def evaluate_rows(
         for number, (row, answer, hit) in enumerate(zip(rows, given, right, strict=True), 1)
     )
     kinds = sorted({row["kind"] for row in rows}) if checked else []
+    loss = assistant_token_loss(model, tokenizer, conversations, batch_size, terminator)
     return SetScores(
         accuracy=accuracy(right) if checked else None,
         kinds={kind: accuracy(record["right"] for record in records if record["kind"] == kind) for kind in kinds},
         stop_rate=sum(answer.stopped for answer in given) / len(given),
-        loss=assistant_token_loss(model, tokenizer, conversations, batch_size),
+        loss=loss,
         answers=records,
     )
 
@@ -141,21 +155,21 @@ def evaluate_rows(
 def _answers_by_length(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
     conversations: Sequence[Sequence[Mapping[str, str]]],
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Answer]:
     """Answers in order; rows with a short reference get a limit of 64 tokens, so that a base model, which never
     stops, does not cost minutes. No right answer of theirs comes near it."""
-    lengths = [len(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) for row in rows]
+    references = [messages[-1]["content"] for messages in conversations]
+    lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]]
     given: dict[int, Answer] = {}
     for long in (False, True):
         chosen = [index for index, length in enumerate(lengths) if (length > 48) == long]
         limit = max_new_tokens if long else min(64, max_new_tokens)
         wanted = [conversations[index][:-1] for index in chosen]  # without the reference answer
         given |= zip(chosen, answers(model, tokenizer, wanted, max_new_tokens=limit, batch_size=batch_size), strict=True)
-    return [given[index] for index in range(len(rows))]
+    return [given[index] for index in range(len(conversations))]
 
 
 @torch.no_grad()
@@ -164,20 +178,24 @@ def assistant_token_loss(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Mapping[str, str]]],
     batch_size: int = 64,
+    terminator: str = TERMINATOR,
 ) -> float:
     """Mean cross-entropy in nats over all assistant tokens (newline, content and end) of the conversations."""
-    encoded = sorted((encode(tokenizer, messages) for messages in conversations), key=lambda item: len(item["labels"]))
+    encoded = [encode(tokenizer, messages, terminator) for messages in conversations]
+    encoded.sort(key=lambda item: len(item["labels"]))
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
         width = max(len(item["labels"]) for item in batch)
         ids = torch.tensor([item["input_ids"] + [tokenizer.pad_token_id] * (width - len(item["input_ids"])) for item in batch])
         labels = torch.tensor([item["labels"] + [IGNORE] * (width - len(item["labels"])) for item in batch])
-        logits = model(input_ids=ids.to(model.device)).logits.float()
         # Padding on the right is never looked back at, so no attention mask is needed.
-        total += nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORE, reduction="sum"
-        ).item()
+        logits = model(input_ids=ids.to(model.device)).logits
+        # Row by row: a whole batch in float32 would take gigabytes at GLM-4's vocabulary of 151,552.
+        for row, wanted in zip(logits, labels.to(logits.device), strict=True):
+            total += nn.functional.cross_entropy(
+                row[:-1].float(), wanted[1:], ignore_index=IGNORE, reduction="sum"
+            ).item()
         count += int((labels[:, 1:] != IGNORE).sum())
     return total / count
 
@@ -245,48 +263,188 @@ def _read_checked(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_free_text(
+    profile: Profile, tokenizer: PreTrainedTokenizerBase, count: int = FREE_TEXT_ROWS
+) -> dict[str, list[dict[str, Any]]]:
+    """At most `count` of the rows that training keeps out of this profile's data, as one set.
+
+    The choice depends on the rows' own content, so that every run and machine scores the same ones. Rows that training
+    would drop (too long, or without an answer) are left out. The training's dev loss is measured on these rows too.
+    Raises DataError where the profile holds nothing out.
+    """
+    held_out = sorted(_held_out_messages(profile), key=_digest)
+    limit = profile.training.max_length
+    usable = (messages for messages in held_out if _is_whole(tokenizer, messages, limit))
+    rows = [{"id": str(number), "messages": messages} for number, messages in zip(range(1, count + 1), usable)]
+    if not rows:
+        raise DataError(
+            f"{profile.name} holds out no row with an answer of at most {limit} tokens.",
+            "Raise dev_fraction or training.max_length.",
+        )
+    return {FREE_TEXT_SET: rows}
+
+
+def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
+    """The dev conversations, split off as training does it."""
+    if profile.dev_data is not None:
+        return load_messages(_source(profile.dev_data))["messages"]
+    if not profile.dev_fraction:
+        raise DataError(f"{profile.name} holds no rows out.", "Train with dev_fraction=0.05, or give dev_data.")
+    return split(load_messages(_source(profile.train_data)), profile.dev_fraction, profile.training.seed)[1]["messages"]
+
+
+def _source(data: str) -> str | Path:
+    """A profile's paths count from the course folder; the rest are hub ids."""
+    path = home() / data
+    return path if path.exists() else data
+
+
+def _digest(messages: Sequence[Mapping[str, str]]) -> bytes:
+    return hashlib.sha256("\n".join(f"{turn['role']}\n{turn['content']}" for turn in messages).encode()).digest()
+
+
+def _is_whole(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int) -> bool:
+    """Whether training would keep the conversation: it ends with an answer, has no blank turn, and is short enough."""
+    if messages[-1]["role"] != "assistant" or not all(turn["content"].strip() for turn in messages):
+        return False
+    return len(encode(tokenizer, messages)["input_ids"]) <= max_length
+
+
 def scores(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Mapping[str, Sequence[Mapping[str, Any]]],
     batch_size: int = 64,
-) -> dict[str, Any]:
-    """All figures of one model: every held-out set, cloze facts and plain questions; ready for JSON."""
+    max_new_tokens: int = 200,
+    terminator: str = TERMINATOR,
+) -> Scores:
+    """All figures of one model, ready for JSON: every held-out set, and for checked rows cloze facts and plain
+    questions too, which ask for the small world that those rows are about."""
+    sets = {
+        name: asdict(evaluate_rows(model, tokenizer, rows, batch_size, max_new_tokens, terminator))
+        for name, rows in held_out.items()
+    }
+    if any(scored["accuracy"] is None for scored in sets.values()):
+        return {"sets": sets}
     return {
-        "sets": {name: asdict(evaluate_rows(model, tokenizer, rows, batch_size)) for name, rows in held_out.items()},
+        "sets": sets,
         "cloze": cloze_accuracy(model, tokenizer, read_plain("cloze"), batch_size),
         "plain_questions": plain_questions_accuracy(model, tokenizer, read_plain("questions"), batch_size),
     }
 
 
-def before_after(profile: Profile, adapter_dir: Path, half: str = "test", batch_size: int = 64) -> dict[str, Any]:
-    """The base model and the fine-tuned model on the same held-out rows, in float32, from one set of weights.
+def before_after(
+    profile: Profile,
+    adapter_dir: Path,
+    half: str = "test",
+    batch_size: int | None = None,
+    row_count: int = FREE_TEXT_ROWS,
+    baseline: Path | None = None,
+) -> dict[str, Any]:
+    """The base model and the fine-tuned one on the same held-out rows; `baseline` is the folder of a third model.
 
-    Returns {"profile", "half", "before", "after"}, the last two as `scores` gives them. Raises ModelError or DataError
-    where weights, adapter or rows are absent.
+    A profile with test data is scored in float32 on one half of it. One without (free text) is scored in its own
+    dtype and quantization on `row_count` rows that training held out, and `half` is not used. Without LoRA
+    `adapter_dir` is the folder of the trained model. `batch_size` None is the profile's for evaluation.
+
+    Returns {"profile", "half", "before", "after"} and, where asked for, "baseline"; the last three as `scores` gives
+    them, the baseline with its "name". Raises ModelError or DataError where weights, adapter or rows are absent.
     """
-    held_out = read_held_out(profile, half)
+    batch_size = batch_size or profile.training.evaluation_batch_size
     tokenizer = load_tokenizer(profile)
-    model = load_adapter(load_base_model(profile, torch.float32), adapter_dir, profile)
+    free_text = profile.test_data is None
+    dtype, limit = (None, profile.training.max_length) if free_text else (torch.float32, 200)
+    check_trained(profile, adapter_dir)
+    held_out = read_free_text(profile, tokenizer, row_count) if free_text else read_held_out(profile, half)
+
+    def score(model: nn.Module) -> Scores:
+        return scores(model, tokenizer, held_out, batch_size, limit, profile.terminator)
+
+    before, after = score_both(profile, adapter_dir, dtype, score)
+    result = {"profile": profile.name, "half": "held-out" if free_text else half, "before": before, "after": after}
+    if baseline is not None:
+        other = baseline_profile(profile, baseline)
+        own = load_tokenizer(other)
+        third = scores(load_base_model(other, dtype), own, held_out, batch_size, limit, _baseline_terminator(own))
+        result["baseline"] = {"name": baseline.name, **third}
+    return result
+
+
+def check_trained(profile: Profile, trained: Path) -> None:
+    """An unfit adapter is refused before the base model, which may take minutes, is loaded."""
+    if profile.lora is not None:
+        check_adapter(meta_model(profile), trained, profile)
+
+
+def score_both(
+    profile: Profile, trained: Path, dtype: torch.dtype | None, score: Callable[[nn.Module], Scores]
+) -> tuple[Scores, Scores]:
+    """Scores of the base model and of the fine-tuned one. Never are two models in memory."""
+    if profile.lora is None:
+        tuned = replace(profile, base_model=str(Path(trained).resolve()))
+        return score(load_base_model(profile, dtype)), score(load_base_model(tuned, dtype))
+    model = load_adapter(load_base_model(profile, dtype), trained, profile)
     with adapter_off(model):
-        before = scores(model, tokenizer, held_out, batch_size)
-    return {"profile": profile.name, "half": half, "before": before, "after": scores(model, tokenizer, held_out, batch_size)}
+        before = score(model)
+    return before, score(model)
+
+
+def find_baseline(profile: Profile, name: str | None = None) -> Path | None:
+    """The folder of a model to compare with: `name` is a folder, a name in weights/, or a profile.
+
+    None means the chat model published beside the profile's base model (weights/glm-4-9b-chat-hf for
+    weights/glm-4-9b-hf), if it is there. Raises ModelError for a name that leads to no model.
+    """
+    if name is None:
+        beside = home() / f"{profile.base_model.removesuffix('-hf')}-chat-hf"
+        return beside if (beside / "config.json").is_file() else None
+    places = [Path(name).expanduser(), home() / "weights" / name]
+    if name in profile_names():
+        places.append(home() / get_profile(name).base_model)
+    for place in places:
+        if (place / "config.json").is_file():
+            return place.resolve()
+    raise ModelError(
+        f"There is no model to compare with in {' or '.join(map(str, places[-2:]))}.",
+        "Fetch it: python -m glm4_helpers download --profile glm-4-9b-lora --repository zai-org/glm-4-9b-chat-hf",
+    )
+
+
+def baseline_profile(profile: Profile, folder: Path) -> Profile:
+    """The profile with another model: its own tokenizer and chat template, the same dtype and quantization."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or [profile.architecture])[0]
+    return replace(profile, name=folder.name, base_model=str(folder.resolve()), architecture=architecture, lora=None)
+
+
+def _baseline_terminator(tokenizer: PreTrainedTokenizerBase) -> str:
+    stops = tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))
+    return BASELINE_TERMINATOR if BASELINE_TERMINATOR in stops else stops[0]
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The before/after table as plain text: percentages with 95 % intervals."""
-    lines = [f"{'':24}{'before':>26}{'after':>26}"]
-    before, after = result["before"], result["after"]
-    for name in before["sets"]:
-        cells = [_percent(side["sets"][name]["accuracy"]) for side in (before, after)]
-        lines.append(_line(f"{name} (right)", cells))
+    """The before/after table as plain text: percentages with 95 % intervals where answers are right or wrong."""
+    sides = [result[side] for side in ("before", "after", "baseline") if side in result]
+    titles = ["before", "after", *(side["name"] for side in sides[2:])]
+    lines = [_line("", titles)]
+    scored = [name for name, figures in sides[0]["sets"].items() if figures["accuracy"]]
+    for name in scored:
+        lines.append(_line(f"{name} (right)", [_percent(side["sets"][name]["accuracy"]) for side in sides]))
     for title, key in (("stop rate", "stop_rate"), ("loss per answer token", "loss")):
-        lines.append(_line(title, [_overall(side["sets"], key) for side in (before, after)]))
+        lines.append(_line(title, [_overall(side["sets"], key) for side in sides]))
+    if not scored:
+        lines.append(_line("perplexity", [_overall(side["sets"], "perplexity") for side in sides]))
     for title, key in (("cloze facts", "cloze"), ("plain questions", "plain_questions")):
-        lines.append(_line(title, [_percent(side[key]["all"]) for side in (before, after)]))
-    rows = sum(scored["accuracy"]["total"] for scored in before["sets"].values())
-    lines.append(f"{rows} held-out rows of the {result['half']} half, answered through the chat format; [95 % interval]")
-    return "\n".join(lines)
+        if key in sides[0]:
+            lines.append(_line(title, [_percent(side[key]["all"]) for side in sides]))
+    return "\n".join([*lines, _rows_line(result, bool(scored))])
+
+
+def _rows_line(result: Mapping[str, Any], scored: bool) -> str:
+    rows = sum(len(figures["answers"]) for figures in result["before"]["sets"].values())
+    if scored:
+        return f"{rows} held-out rows of the {result['half']} half, answered through the chat format; [95 % interval]"
+    return f"{rows} rows of free text that training held out, answered through the chat format"
 
 
 def _line(title: str, cells: Sequence[str]) -> str:
@@ -298,7 +456,10 @@ def _percent(figures: Mapping[str, float]) -> str:
 
 
 def _overall(sets: Mapping[str, Mapping[str, Any]], key: str) -> str:
-    """Stop rate or loss over all sets, each weighted by its rows."""
+    """Stop rate, loss or perplexity over all sets, each weighted by its rows."""
     rows = {name: len(scored["answers"]) for name, scored in sets.items()}
-    mean = sum(scored[key] * rows[name] for name, scored in sets.items()) / sum(rows.values())
+    figure = "loss" if key == "perplexity" else key
+    mean = sum(scored[figure] * rows[name] for name, scored in sets.items()) / sum(rows.values())
+    if key == "perplexity":
+        return f"{math.exp(mean):.2f}"
     return f"{mean:.1%}" if key == "stop_rate" else f"{mean:.3f}"

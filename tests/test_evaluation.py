@@ -1,12 +1,17 @@
 """Scoring: what counts as right, intervals, loss, and scores that do not depend on the batch size."""
 
 import json
+import math
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
+from tiny_models import save_model, tiny_glm, tiny_tokenizer
 
-from glm4_helpers import chat_format
+from glm4_helpers import chat_format, evaluation, models, training
+from glm4_helpers.__main__ import main
 from glm4_helpers.datasets import to_messages
 from glm4_helpers.errors import DataError, ModelError
 from glm4_helpers.evaluation import (
@@ -15,8 +20,10 @@ from glm4_helpers.evaluation import (
     check_answer,
     cloze_accuracy,
     evaluate_rows,
+    find_baseline,
     format_table,
     is_right,
+    read_free_text,
     read_held_out,
     read_plain,
     wilson_interval,
@@ -24,6 +31,7 @@ from glm4_helpers.evaluation import (
 from glm4_helpers.generation import Answer
 from glm4_helpers.profiles import get_profile
 
+EDGE_TEMPLATE = "{% for item in messages %}<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}<|assistant|>"
 FRUIT = {
     "type": "distinct_of", "count": 2, "members": ["苹果", "香蕉", "桃子"], "prefix": "", "suffix": "。", "separator": "、",
 }  # fmt: skip
@@ -122,3 +130,147 @@ def test_the_table_shows_before_and_after_with_intervals():
     assert "before" in table and "after" in table
     assert "50.0% [9.0%, 91.0%]" in table and "75.0%" in table and "1.250" in table
     assert table.splitlines()[-1].startswith("2 held-out rows of the test half")
+
+
+# Free text: the profiles whose rows have no single right answer, on a tiny model with the 9B's settings
+
+
+ROWS = [
+    {"instruction": f"{number}的名字？", "input": "" if number % 2 else "天地", "output": f"苹果{number}。"}
+    for number in range(100, 180)
+]
+
+
+@pytest.fixture(scope="module")
+def free_text_course(tmp_path_factory):
+    """A course folder with two tiny models, as weights/glm-4-9b-hf and -chat-hf, rows in Alpaca's form, an adapter."""
+    folder = tmp_path_factory.mktemp("course")
+    tokenizer = tiny_tokenizer()
+    for name, seed in (("glm-4-9b-hf", 0), ("glm-4-9b-chat-hf", 1)):
+        save_model(folder / "weights" / name, tiny_glm(tokenizer, seed).to(torch.bfloat16), tokenizer)
+    (folder / "data").mkdir()
+    (folder / "data" / "rows.json").write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM4_HOME", str(folder))
+        profile = free_text_profile()
+        model = get_peft_model(models.load_base_model(profile), training.lora_config(profile))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        model.save_pretrained(folder / "adapter")
+        models.save_adapter_facts(folder / "adapter", profile)
+    return folder
+
+
+def free_text_profile(name="glm-4-9b-lora", **settings):
+    return get_profile(name, train_data="data/rows.json", dev_fraction=0.3, **{"training.max_length": 64}, **settings)
+
+
+@pytest.fixture
+def course(free_text_course, monkeypatch):
+    monkeypatch.setenv("GLM4_HOME", str(free_text_course))
+    return free_text_course
+
+
+def spy_on_loading(monkeypatch):
+    loaded = []
+    load = evaluation.load_base_model
+
+    def spy(profile, dtype=None):
+        model = load(profile, dtype)
+        loaded.append((Path(profile.base_model).name, model.dtype))
+        return model
+
+    monkeypatch.setattr(evaluation, "load_base_model", spy)
+    return loaded
+
+
+def test_free_text_is_scored_on_rows_that_training_keeps_out(course):
+    profile = free_text_profile()
+    tokenizer = models.load_tokenizer(profile)
+    chosen = [json.dumps(row["messages"]) for row in read_free_text(profile, tokenizer, 10)["held_out_rows"]]
+    train, dev = training._messages(profile)
+    assert len(set(chosen)) == 10
+    assert not set(chosen) & {json.dumps(messages) for messages in train["messages"]}
+    assert set(chosen) <= {json.dumps(messages) for messages in dev["messages"]}
+    again = [json.dumps(row["messages"]) for row in read_free_text(profile, tokenizer, 5)["held_out_rows"]]
+    assert again == chosen[:5], "fewer rows are the first of the same"
+
+
+def test_rows_that_training_would_drop_are_not_scored(course):
+    profile = free_text_profile()
+    tokenizer = models.load_tokenizer(profile)
+    longest = max(len(chat_format.encode(tokenizer, to_messages(row))["input_ids"]) for row in ROWS)
+    tight = get_profile("glm-4-9b-lora", train_data="data/rows.json", dev_fraction=0.3, **{"training.max_length": longest - 1})
+    rows = read_free_text(tight, tokenizer)["held_out_rows"]
+    assert 0 < len(rows) < len(read_free_text(profile, tokenizer)["held_out_rows"])
+    with pytest.raises(DataError, match="holds no rows out"):
+        read_free_text(get_profile("glm-4-9b-lora", train_data="data/rows.json", dev_fraction=0.0), tokenizer)
+
+
+def test_evaluate_scores_free_text_in_the_profiles_dtype_with_the_chat_model_beside(course, monkeypatch, capsys):
+    loaded = spy_on_loading(monkeypatch)
+    line = ["evaluate", "--profile", "glm-4-9b-lora", "--adapter", str(course / "adapter"), "--rows", "6"]
+    settings = ["--set", "train_data=data/rows.json", "--set", "dev_fraction=0.3", "--set", "training.max_length=48"]
+    assert main([*line, *settings, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert loaded == [("glm-4-9b-hf", torch.bfloat16), ("glm-4-9b-chat-hf", torch.bfloat16)]
+    assert result["half"] == "held-out" and result["baseline"]["name"] == "glm-4-9b-chat-hf"
+    losses = [result[side]["sets"]["held_out_rows"]["loss"] for side in ("before", "after", "baseline")]
+    assert len(set(losses)) == 3 and all(loss > 0 for loss in losses)
+    assert len(result["after"]["sets"]["held_out_rows"]["answers"]) == 6
+    table = format_table(result)
+    assert "perplexity" in table and "glm-4-9b-chat-hf" in table and "cloze" not in table
+    assert f"{math.exp(losses[1]):.2f}" in table
+    assert table.splitlines()[-1].startswith("6 rows of free text that training held out")
+    assert main([*line, *settings, "--baseline", "none"]) == 0
+    assert "chat-hf" not in capsys.readouterr().out
+
+
+def test_a_profile_without_lora_compares_two_whole_models(course, monkeypatch):
+    loaded = spy_on_loading(monkeypatch)
+    profile = free_text_profile("glm-4-9b-full")
+    result = before_after(profile, course / "weights" / "glm-4-9b-chat-hf", row_count=3)
+    assert [name for name, _ in loaded] == ["glm-4-9b-hf", "glm-4-9b-chat-hf"]
+    before, after = (result[side]["sets"]["held_out_rows"]["loss"] for side in ("before", "after"))
+    assert before != after
+
+
+def test_the_baseline_keeps_its_own_template_and_ends_as_it_was_trained(course, tmp_path):
+    edge = tiny_tokenizer()
+    edge.chat_template = EDGE_TEMPLATE
+    folder = save_model(tmp_path / "edge-chat", tiny_glm(edge).to(torch.bfloat16), edge)
+    before = (folder / "chat_template.jinja").read_text()
+    profile = free_text_profile()
+    baseline = find_baseline(profile, str(folder))
+    result = before_after(profile, course / "adapter", row_count=2, baseline=baseline)
+    rows = read_free_text(profile, edge, 2)["held_out_rows"]
+    own = models.load_base_model(evaluation.baseline_profile(profile, baseline))
+    wanted = evaluate_rows(own, models.load_tokenizer(evaluation.baseline_profile(profile, baseline)), rows, 4, 64, "<|user|>")
+    assert result["baseline"]["sets"]["held_out_rows"]["loss"] == pytest.approx(wanted.loss)
+    assert (folder / "chat_template.jinja").read_text() == before
+
+
+def test_a_baseline_is_a_folder_a_name_or_a_profile_and_else_an_error(course):
+    profile = free_text_profile()
+    wanted = (course / "weights" / "glm-4-9b-chat-hf").resolve()
+    assert find_baseline(profile) == find_baseline(profile, "glm-4-9b-chat-hf") == find_baseline(profile, str(wanted)) == wanted
+    assert find_baseline(profile, "glm-4-9b-qlora") == (course / "weights" / "glm-4-9b-hf").resolve()
+    assert find_baseline(get_profile("glm-edge-1.5b")) is None
+    with pytest.raises(ModelError, match="no model to compare with") as error:
+        find_baseline(profile, "nowhere")
+    assert "--repository zai-org/glm-4-9b-chat-hf" in error.value.fix
+
+
+def test_glm4_nano_is_scored_in_float32(monkeypatch, tmp_path):
+    seen = []
+
+    def stop(profile, dtype=None):
+        seen.append(dtype)
+        raise ModelError("far enough", "none")
+
+    monkeypatch.setattr(evaluation, "load_base_model", stop)
+    monkeypatch.setattr(evaluation, "check_adapter", lambda *_: None)
+    with pytest.raises(ModelError, match="far enough"):
+        before_after(get_profile("glm4-nano"), tmp_path)
+    assert seen == [torch.float32]

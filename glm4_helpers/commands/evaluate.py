@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import adapter_folder, add_json, add_settings, chosen_profile, show
+from ..profiles import Profile
+from . import adapter_folder, add_json, add_settings, chosen_profile, count, show
 
 HELP = "score the answers before and after fine-tuning on held-out rows"
 EXAMPLES = """\
@@ -17,15 +18,35 @@ examples:
   python -m glm4_helpers evaluate --half dev                the half that checkpoints are chosen on
   python -m glm4_helpers evaluate --adapter outputs/short
   python -m glm4_helpers evaluate --seeds 1 2 3             trains where needed; each seed, median and worst
-  python -m glm4_helpers evaluate --json > scores.json"""
+  python -m glm4_helpers evaluate --json > scores.json
+  python -m glm4_helpers evaluate --profile glm-4-9b-lora --rows 100
+  python -m glm4_helpers evaluate --profile glm-4-9b-lora --baseline glm-4-9b-chat-hf
+  python -m glm4_helpers evaluate --profile glm-4-9b-lora --harness ceval-valid_law --limit 50
+
+glm4-nano's answers are right or wrong. The other profiles' data is free text: their rows that training held out give the
+loss per answer token, its perplexity, and the stop rate (the part of the answers that end by themselves). --harness asks
+public benchmarks instead, through lm-eval (python -m pip install -e ".[evaluation]"), to see what was forgotten; C-Eval
+is ceval-valid (52 subjects) or one subject such as ceval-valid_law. `lm-eval ls tasks` lists all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--half", choices=("test", "dev"), default="test", help="which held-out half (default: test)")
+    parser.add_argument(
+        "--half", choices=("test", "dev"), default="test", help="which held-out half, for glm4-nano (default: test)"
+    )
+    parser.add_argument("--rows", type=count, metavar="N", help="how many rows, for free text (default: 200)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--adapter", type=Path, metavar="FOLDER", help="the adapter (default: the one that train made)")
     which.add_argument("--seeds", type=int, nargs="+", metavar="N", help="train with each of these seeds and score all")
+    parser.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help="a third model beside the two: a folder, a name in weights/, or a profile; `none` for none (default: "
+        "weights/glm-4-9b-chat-hf for the profiles of glm-4-9b-hf, if it is there)",
+    )
+    parser.add_argument("--harness", nargs="+", metavar="TASK", help="score these tasks of lm-eval instead of held-out rows")
+    parser.add_argument("--limit", type=count, metavar="N", help="questions of each --harness task (default: all)")
+    parser.add_argument("--tasks", type=Path, metavar="FOLDER", help="YAML files of --harness tasks of your own")
     add_json(parser)
 
 
@@ -33,11 +54,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.seeds:
         return _run_seeds(arguments)
     profile = chosen_profile(arguments)
-    from ..evaluation import before_after, format_table
+    adapter, baseline = adapter_folder(arguments, profile), _baseline(arguments, profile)
+    if arguments.harness:
+        from ..harness import before_after_tasks, format_tasks
 
-    result = before_after(profile, adapter_folder(arguments, profile), arguments.half)
+        result = before_after_tasks(profile, adapter, arguments.harness, arguments.limit, arguments.tasks, baseline)
+        show(arguments, result, format_tasks(result))
+        return 0
+    from ..evaluation import FREE_TEXT_ROWS, before_after, format_table
+
+    rows = arguments.rows or FREE_TEXT_ROWS
+    result = before_after(profile, adapter, arguments.half, row_count=rows, baseline=baseline)
     show(arguments, result, format_table(result))
     return 0
+
+
+def _baseline(arguments: argparse.Namespace, profile: Profile) -> Path | None:
+    from ..evaluation import find_baseline
+
+    return None if arguments.baseline == "none" else find_baseline(profile, arguments.baseline)
 
 
 def _run_seeds(arguments: argparse.Namespace) -> int:
