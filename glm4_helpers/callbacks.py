@@ -19,7 +19,8 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .generation import answers
-from .models import set_stop_ids
+from .models import save_adapter_facts, set_stop_ids
+from .profiles import Profile
 
 MARKER = "complete.json"
 """Written last into a checkpoint: its files with their sizes in bytes, and the seconds trained so far."""
@@ -66,10 +67,12 @@ def checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
 class MarkComplete(TrainerCallback):
     """Marks each checkpoint once all of its files are there, so that one cut short can be told from a whole one.
 
+    Before the mark comes which base model the checkpoint belongs to, so that it loads like a finished adapter.
     It also has the trainer log wherever it saves: the mean loss since the last log is not part of a checkpoint.
     """
 
-    def __init__(self, resumed_from: Path | None = None) -> None:
+    def __init__(self, profile: Profile, resumed_from: Path | None = None) -> None:
+        self.profile = profile
         self.earlier_seconds = read_json(resumed_from / MARKER)["seconds"] if resumed_from else 0.0
         self.started_at = time.monotonic()
 
@@ -89,6 +92,7 @@ class MarkComplete(TrainerCallback):
         PartialState().wait_for_everyone()  # every process keeps its own random state in the checkpoint
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_adapter_facts(folder, self.profile)
             write_json(folder / MARKER, {"files": _sizes(folder), "seconds": self.seconds})
 
 

@@ -5,6 +5,7 @@ Callbacks are in callbacks, SwanLab in tracking; loading models and rows is left
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import re
@@ -61,14 +62,17 @@ DEV_QUESTIONS = 14
 _NO_EFFECT = {"title", "hub_id", "modelscope_id", "test_data"}
 """Settings of a profile that training does not depend on."""
 
+_SAME = "settings, rows, base model and versions are the same"
+
 
 @dataclass(frozen=True)
 class TrainingResult:
     """A finished adapter (or, without LoRA, model) and how its training went.
 
     ``checkpoints`` holds step, dev_loss, dev_token_accuracy, stop_rate and best for each evaluation; losses are in
-    nats per assistant token. ``seconds`` covers all parts of an interrupted run. ``reason`` says why it was trained or
-    that it was loaded.
+    nats per assistant token. The trainer averages dev figures over batches, so they shift with the evaluation batch
+    size. ``seconds`` covers all parts of an interrupted run. ``reason`` is why ``train_or_load`` trained it or could
+    load it; ``train``, which decides nothing, leaves it empty.
     """
 
     adapter_dir: Path
@@ -106,6 +110,7 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
     dtype = dtype or models.resolve_dtype(profile.dtype)
     on_gpu = models.default_device().type == "cuda"
     looks = "steps" if chosen.evaluations_per_run else "no"
+    padding_free = chosen.padding_free and chosen.per_device_batch_size > 1  # one row alone has no padding
     # Below 1 these are shares of the run; 1 itself would be every step.
     share = 1 / chosen.evaluations_per_run if chosen.evaluations_per_run > 1 else 0.999999
     return SFTConfig(
@@ -121,7 +126,9 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
         gradient_checkpointing=chosen.gradient_checkpointing,
         seed=chosen.seed,
         data_seed=chosen.seed,
-        max_length=chosen.max_length,
+        # Over-long rows are dropped when they are encoded. TRL takes padding_free only without a length to cut at.
+        max_length=None if padding_free else chosen.max_length,
+        padding_free=padding_free,
         # Rows come with input_ids and labels, and over-long ones are gone: nothing is left to prepare.
         dataset_kwargs={"skip_prepare_dataset": True},
         # Autocast pays on GPUs only; on a CPU it converts the weights again in every layer.
@@ -330,11 +337,12 @@ def train_or_load(
     adapter_dir = default_adapter_dir(profile, output_dir)
     reason = "asked for" if force else why_train(profile, adapter_dir)
     if not reason:
-        result = _load_result(adapter_dir)
-        _say(f"Loaded the adapter in {_shown(adapter_dir)}: settings, rows, base model and versions are the same.")
+        result = dataclasses.replace(_load_result(adapter_dir), reason=_SAME)
+        _say(f"Loaded the adapter in {_shown(adapter_dir)}: {result.reason}.")
         return result
     _say(f"Training {profile.name}: {reason}.")
-    return train(profile, output_dir, resume and not force, tracking_mode, callbacks)
+    result = train(profile, output_dir, resume and not force, tracking_mode, callbacks)
+    return dataclasses.replace(result, reason=reason)
 
 
 def _train(
@@ -351,7 +359,7 @@ def _train(
     dtype = getattr(torch, start.dtype)
     config = sft_config(profile, work, dtype)  # before the model: DeepSpeed's ZeRO-3 loads weights by it
     model = models.load_base_model(profile, dtype)
-    marking = MarkComplete(start.checkpoint)
+    marking = MarkComplete(profile, start.checkpoint)
     report = tracking.log_answers if tracking_mode != "disabled" else None
     answering = AnswerAtCheckpoints(
         tokenizer, rows.questions, profile.max_new_tokens, work / ANSWERS_FILE, report

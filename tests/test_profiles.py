@@ -30,6 +30,7 @@ def test_nano_as_decided():
     assert nano.lora.target_modules == ("q_proj", "k_proj", "v_proj")
     assert (nano.training.per_device_batch_size, nano.training.epochs) == (8, 3)
     assert (nano.training.learning_rate, nano.training.max_length) == (3e-3, 512)
+    assert nano.training.padding_free
 
 
 def test_the_9b_follows_the_published_recipe():
@@ -41,6 +42,7 @@ def test_the_9b_follows_the_published_recipe():
     assert (training.epochs, training.per_device_batch_size, training.evaluation_batch_size) == (3, 2, 4)
     assert (training.learning_rate, training.lr_scheduler, training.max_length) == (5e-4, "linear", 512)
     assert (training.evaluations_per_run, profile.dev_fraction) == (10, 0.05)
+    assert not training.padding_free
     assert profile.sample_prompts == ("你好，告诉我你的名字。", "告诉我1+2等于多少？")
 
 
@@ -82,6 +84,7 @@ def test_full_fine_tuning_by_override():
         ({"training.lr": 1}, "'training.lr'", "training.learning_rate"),
         ({"name": "x"}, "profile 'x'", "glm4-nano"),
         ({"training.epochs": "3"}, "training.epochs can't be '3'", "a number"),
+        ({"training.padding_free": 1}, "training.padding_free can't be 1", "true or false"),
         ({"training.seed": True}, "training.seed can't be True", "a whole number"),
         ({"training.max_length": 1.5}, "training.max_length", "a whole number"),
         ({"lora.target_modules": "q_proj"}, "lora.target_modules", "a list of names"),

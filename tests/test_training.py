@@ -1,6 +1,8 @@
 """Training on a tiny model: real TRL runs of a few steps, killed and resumed, refused, loaded again."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import ROOT
 from glm4_helpers import chat_format, datasets, models, training
 from glm4_helpers.callbacks import MARKER, checkpoint_folders, is_complete
 from glm4_helpers.errors import ModelError, SettingError
@@ -97,11 +100,20 @@ def test_sft_config_is_the_profile_s(tmp_path):
     assert (settings.per_device_train_batch_size, settings.per_device_eval_batch_size) == (2, 4)
     assert (settings.eval_steps, settings.save_steps) == (0.1, 0.1)
     assert settings.gradient_checkpointing and settings.report_to == []
+    assert not settings.padding_free
+
+
+def test_nano_trains_without_padding_where_a_batch_has_several_rows(tmp_path):
+    settings = training.sft_config(get_profile("glm4-nano"), tmp_path, torch.float32)
+    assert settings.padding_free and settings.max_length is None
+    one_row = get_profile("glm4-nano", **{"training.per_device_batch_size": 1})
+    settings = training.sft_config(one_row, tmp_path, torch.float32)
+    assert not settings.padding_free and settings.max_length == 512
 
 
 def test_the_loss_is_that_of_assistant_tokens(home, tmp_path):
-    """The stock trainer's loss on our rows equals cross-entropy over the labels that are not IGNORE."""
-    profile = quick(**{"lora.dropout": 0.0})
+    """The stock trainer's loss on our padded rows equals cross-entropy over the labels that are not IGNORE."""
+    profile = quick(**{"lora.dropout": 0.0, "training.padding_free": False})
     tokenizer, model = models.load_tokenizer(profile), models.load_base_model(profile)
     encoded = datasets.encode_rows(tokenizer, datasets.load_messages(home / "data" / "train.json"), 512)
     trainer = training.build_trainer(model, tokenizer, encoded, encoded, profile, tmp_path)
@@ -114,6 +126,38 @@ def test_the_loss_is_that_of_assistant_tokens(home, tmp_path):
         logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=chat_format.IGNORE
     )
     assert given.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_rows_joined_without_padding_give_the_loss_of_each_row_alone(nano_model, nano_tokenizer, tmp_path):
+    """On the shipped weights, whose attention has learned to look far back: a row that saw another would tell."""
+    shipped = datasets.load_messages(ROOT / "data" / "train.json").select(range(80))
+    encoded = datasets.encode_rows(nano_tokenizer, shipped, 512)
+    model = copy.deepcopy(nano_model)
+    trainer = training.build_trainer(model, nano_tokenizer, encoded, None, get_profile("glm4-nano"), tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert batch["input_ids"].shape[0] == 1 and len(starts) == 8
+    assert len({stop - start for start, stop in itertools.pairwise(starts)}) > 1  # of unequal length
+    with torch.no_grad():
+        given = trainer.compute_loss(trainer.model, dict(batch)).item()
+    mixed = _summed_loss(nano_model, batch["input_ids"], batch["labels"])
+    ends = [*starts[1:], batch["input_ids"].shape[1]]
+    alone = sum(
+        _summed_loss(nano_model, batch["input_ids"][:, start:end], batch["labels"][:, start:end])
+        for start, end in zip(starts, ends)
+    )
+    count = (batch["labels"] != chat_format.IGNORE).sum().item()
+    assert given == pytest.approx(alone / count, rel=1e-5)
+    assert abs(mixed / count - given) > 0.01
+
+
+@torch.no_grad()
+def _summed_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Cross-entropy over the labels of one sequence that are not IGNORE, summed; the positions count through."""
+    logits = model(input_ids=ids).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits, labels[0, 1:], ignore_index=chat_format.IGNORE, reduction="sum"
+    ).item()
 
 
 def test_the_stop_ids_survive_building_the_trainer(home, tmp_path):
@@ -177,6 +221,18 @@ def test_answers_to_the_sample_prompts_are_kept_for_each_checkpoint(finished):
         assert questions[:2] == ["你好，告诉我你的名字。", "告诉我1+2等于多少？"] and len(questions) > 10
 
 
+def test_each_checkpoint_loads_with_the_base_it_belongs_to(finished, monkeypatch):
+    folder, result = finished
+    monkeypatch.setenv("GLM4_HOME", str(folder))
+    checkpoints = [path for _, path in checkpoint_folders(result.adapter_dir.parent / "checkpoints")]
+    assert len(checkpoints) == 3
+    for path in checkpoints:
+        assert models.read_adapter_facts(path) == models.read_adapter_facts(result.adapter_dir)
+        models.save_adapter_facts(path, quick())
+        assert is_complete(path)
+        models.load_adapter(models.load_base_model(quick()), path, quick())
+
+
 def test_the_adapter_loads_and_is_live(finished, monkeypatch):
     folder, result = finished
     monkeypatch.setenv("GLM4_HOME", str(folder))
@@ -188,8 +244,9 @@ def test_what_is_finished_is_loaded_and_what_has_changed_is_named(finished, monk
     folder, result = finished
     monkeypatch.setenv("GLM4_HOME", str(folder))
     again = training.train_or_load(quick(), tracking_mode="disabled")
-    assert again.loaded and dataclasses.replace(again, loaded=False) == result
-    assert "Loaded" in capsys.readouterr().out
+    assert again.loaded and dataclasses.replace(again, loaded=False, reason="") == result
+    assert again.reason == "settings, rows, base model and versions are the same"
+    assert f"Loaded the adapter in outputs/glm4-nano/adapter: {again.reason}." in capsys.readouterr().out
     adapter = training.default_adapter_dir(quick())
     assert training.why_train(quick(title="another title"), adapter) == ""
     assert "training.epochs was 2 and is 3" in training.why_train(quick(**{"training.epochs": 3}), adapter)
@@ -241,7 +298,7 @@ def _full():
 
 def test_early_stopping_ends_the_run(home):
     profile = quick(
-        **{"training.early_stopping_patience": 1, "training.learning_rate": 3.0, "training.evaluations_per_run": 10}
+        **{"training.early_stopping_patience": 1, "training.learning_rate": 0.3, "training.evaluations_per_run": 10}
     )
     result = training.train(profile, tracking_mode="disabled")
     losses = [look["dev_loss"] for look in result.checkpoints]

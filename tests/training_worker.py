@@ -41,9 +41,9 @@ def arm(moment: str, step: int) -> list:
             kill() if self.state.global_step == step else write(self, folder)
         )
     elif moment == "adapter":  # the last step is done; the final folder is half written
-        from glm4_helpers import models
+        from glm4_helpers import training
 
-        models.save_adapter_facts = kill
+        training._record = kill
     else:
         return [killing_callback(moment, step)]
     return []
