@@ -1,5 +1,9 @@
-"""The chat through a real terminal (pexpect) and over a pipe, with a small random model that never stops talking."""
+"""The chat through a real terminal (pexpect) and over a pipe, with a small random model that never stops talking.
 
+What the terminal showed is printed when the tests are done.
+"""
+
+import io
 import json
 import os
 import re
@@ -7,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import pytest
 from glm4_helpers import models
@@ -18,6 +23,8 @@ from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
 
 pexpect = pytest.importorskip("pexpect", reason="pexpect drives Unix terminals only")
 
+TITLE = "chat in a real terminal"
+SHOWN_COLUMNS = 110
 CHARACTERS = "你好苹果香蕉西瓜天地人中国北京"
 START = """
 import sys, logging
@@ -66,8 +73,9 @@ def terminal(course):
         child = pexpect.spawn(
             sys.executable, command, env=environment(course), cwd=course, encoding="utf-8", timeout=60, dimensions=(40, 200)
         )
+        child.logfile_read = io.StringIO()
         started.append(child)
-        child.expect("help lists the commands")
+        child.expect("help lists the commands", timeout=300)  # a busy machine takes minutes to import torch
         prompt(child)
         return child
 
@@ -86,6 +94,41 @@ def leave(child):
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == 0
+
+
+def screen(output):
+    """The lines that a terminal shows after this output: cursor movements and erasures are carried out.
+
+    A wide character takes two columns, the second of them empty; only what prompt_toolkit sends to xterm is known.
+    """
+    rows, row, column = [[]], 0, 0
+    for control, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\x1b.|[\r\n\b])|([^\x1b\r\n\b]+)", output):
+        for character in text:
+            cells = [character] if east_asian_width(character) not in "WF" else [character, ""]
+            rows[row] += [" "] * (column - len(rows[row]))
+            rows[row][column : column + len(cells)] = cells
+            column += len(cells)
+        if control == "\n":
+            row += 1
+            rows += [[]] * (row == len(rows))
+        elif control in ("\r", "\b"):
+            column = 0 if control == "\r" else max(0, column - 1)
+        elif control[:2] == "\x1b[" and control[-1] in "ABCDJK":
+            number = int(control[2:-1] or 1) if control[-1] in "ABCD" else 0
+            row = max(0, row - number) if control[-1] == "A" else row
+            column = max(0, column + {"C": number, "D": -number}.get(control[-1], 0))
+            if control[-1] in "JK":
+                del rows[row][column:]
+            if control[-1] == "J":
+                del rows[row + 1 :]
+    return ["".join(cells).rstrip() for cells in rows]
+
+
+def transcript(child, heading, *remarks):
+    """What is printed of a chat: long lines are shortened, and the start and the last command are left out."""
+    lines = [line for line in screen(child.logfile_read.getvalue()) if line and "/exit" not in line][1:]
+    short = [line if len(line) <= SHOWN_COLUMNS else f"{line[:SHOWN_COLUMNS]} …" for line in lines]
+    return "\n".join([f"{heading}:", *(f"  {line}" for line in short), *(f"  [{remark}]" for remark in remarks)])
 
 
 def plain(text):
@@ -110,7 +153,7 @@ def piped(course, lines, *, timeout=120, **settings):
 # In a terminal
 
 
-def test_an_answer_is_seen_growing_and_ctrl_c_stops_it_but_not_the_chat(terminal, course):
+def test_an_answer_is_seen_growing_and_ctrl_c_stops_it_but_not_the_chat(terminal, course, report):
     child = terminal(max_new_tokens=3000)
     child.sendline("你好")
     child.expect("glm4-nano: ")
@@ -119,7 +162,8 @@ def test_an_answer_is_seen_growing_and_ctrl_c_stops_it_but_not_the_chat(terminal
     child.sendintr()
     asked = time.monotonic()
     child.expect(r"\(stopped\)")
-    assert time.monotonic() - asked < 3
+    seconds = time.monotonic() - asked
+    assert seconds < 3
     prompt(child)
     child.sendline("/save stopped.json")
     child.expect("saved 2 messages")
@@ -129,9 +173,11 @@ def test_an_answer_is_seen_growing_and_ctrl_c_stops_it_but_not_the_chat(terminal
     assert question == {"role": "user", "content": "你好"}
     assert answer["ended_by"] == "Ctrl-C"
     assert 0 < len(answer["content"]) < 3000
+    pieces = f"the answer came in pieces of {', '.join(map(str, sizes))} characters; Ctrl-C ended it in {seconds:.2f} s"
+    report(TITLE, transcript(child, "an answer that streams, and Ctrl-C in the middle of it", pieces), 1)
 
 
-def test_chinese_is_edited_with_arrows_and_backspace(terminal, course):
+def test_chinese_is_edited_with_arrows_and_backspace(terminal, course, report):
     child = terminal(max_new_tokens=5)
     left, right = "\x1b[D", "\x1b[C"
     child.send("苹好果")
@@ -146,9 +192,12 @@ def test_chinese_is_edited_with_arrows_and_backspace(terminal, course):
     prompt(child)
     leave(child)
     assert json.loads((course / "edited.json").read_text(encoding="utf-8"))[0]["messages"][0]["content"] == "苹你果三"
+    shown = transcript(child, "Chinese edited: typed 苹好果, left, backspace, right, 三, left, left, 你, Enter")
+    assert "you: 苹你果三" in shown
+    report(TITLE, shown, 3)
 
 
-def test_the_adapter_is_switched_and_checkpoints_change_answers(terminal, course):
+def test_the_adapter_is_switched_and_checkpoints_change_answers(terminal, course, report):
     child = terminal(max_new_tokens=12, adapter_dir=str(course / "outputs/run/adapter"))
 
     def ask(name="glm4-nano"):
@@ -175,6 +224,7 @@ def test_the_adapter_is_switched_and_checkpoints_change_answers(terminal, course
     prompt(child)
     assert ask() not in (on, off)
     leave(child)
+    report(TITLE, transcript(child, "the adapter switched off and on, and another checkpoint").replace(f"{course}/", ""), 2)
 
 
 def test_ctrl_c_at_the_prompt_stays_and_ctrl_d_leaves(terminal):

@@ -1,4 +1,7 @@
-"""SwanLab in each mode, in a process of its own with stdin closed and a time limit; then what it kept is read back."""
+"""SwanLab in each mode, in a process of its own without a terminal and with a time limit; then what it kept is read back.
+
+Each run's mode, network, seconds and outcome are printed when the tests are done.
+"""
 
 import json
 import os
@@ -6,12 +9,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TITLE = "SwanLab without a prompt or a hang"
+KEY = "0123456789abcdefghijk"
 
 LOG = """
 import json, sys
@@ -40,14 +47,24 @@ print(json.dumps(run.settings()))
 NO_NETWORK = ["unshare", "-rn"] if shutil.which("unshare") else []
 
 
-def log(mode: str, folder: Path, prefix: list[str] = (), **variables: str) -> subprocess.CompletedProcess:
-    """Log two losses and two answers in this mode, as a user without an account would."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
-    environment |= {"HOME": str(folder), "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run(
-        [*prefix, sys.executable, "-c", LOG, mode, str(folder / "swanlog")],
-        env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+@pytest.fixture
+def log(tmp_path, report):
+    """Log two losses and two answers in a mode, as a user without an account would."""
+
+    def run(mode: str, network: str = "as it is", prefix: list[str] = (), **variables: str) -> subprocess.CompletedProcess:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
+        environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **variables}
+        started = time.monotonic()
+        done = subprocess.run(
+            [*prefix, sys.executable, "-c", LOG, mode, str(tmp_path / "swanlog")],
+            env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+            start_new_session=True,  # a prompt could else be read from the terminal that the tests were started in
+        )  # fmt: skip
+        said = done.stdout.rpartition("\nFix: ")[0].splitlines()[-1:] if done.returncode else ["logged"]
+        report(TITLE, f"{mode:<9} network {network:<20}{time.monotonic() - started:4.0f} s  {''.join(said)[:110]}")
+        return done
+
+    return run
 
 
 def scalars(run_folder: Path) -> dict[tuple[str, int], float]:
@@ -78,8 +95,17 @@ def unreachable() -> list[str]:
     return NO_NETWORK
 
 
-def test_offline_needs_neither_network_nor_account_and_keeps_losses_and_texts(tmp_path):
-    done = log("offline", tmp_path, unreachable())
+@contextmanager
+def silent_server():
+    """The address of a server that takes connections and never answers: what hangs where nothing limits the wait."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_offline_needs_neither_network_nor_account_and_keeps_losses_and_texts(log, tmp_path):
+    done = log("offline", "none", unreachable())
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)  # and nothing else was printed
     folder = Path(run["folder"])
@@ -92,33 +118,49 @@ def test_offline_needs_neither_network_nor_account_and_keeps_losses_and_texts(tm
     assert socket.gethostname() not in kept and "git_remote" not in kept
 
 
-def test_disabled_writes_nothing(tmp_path):
-    done = log("disabled", tmp_path)
+def test_disabled_writes_nothing(log, tmp_path):
+    done = log("disabled")
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "swanlog").glob("run-*"))
 
 
-def test_local_feeds_the_dashboard_or_says_what_to_install(tmp_path):
-    done = log("local", tmp_path)
+def test_local_feeds_the_dashboard_or_says_what_to_install(log):
+    done = log("local")
     if find_spec("swanboard") is None:
         assert done.returncode == 2 and 'pip install "swanlab[dashboard]"' in done.stdout
     else:
         assert done.returncode == 0, done.stderr
-        assert texts(Path(json.loads(done.stdout.splitlines()[-1])["folder"]))
+        folder = Path(json.loads(done.stdout.splitlines()[-1])["folder"])
+        assert texts(folder) == {"你好\n\n第10步的回答", "你好\n\n第20步的回答"}
+        assert scalars(folder)["train/loss", 20] == 1.125
 
 
-def test_cloud_without_a_key_is_an_error_and_not_a_prompt(tmp_path):
-    done = log("cloud", tmp_path)
+def test_cloud_without_a_key_is_an_error_and_not_a_prompt(log):
+    done = log("cloud")
     assert done.returncode == 2 and "swanlab login" in done.stdout
 
 
-def test_cloud_with_a_key_but_no_network_is_an_error(tmp_path):
-    done = log("cloud", tmp_path, unreachable(), SWANLAB_API_KEY="0123456789abcdefghijk")
-    assert done.returncode == 2 and "swanlab sync" in done.stdout
+def refused(done: subprocess.CompletedProcess) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "SwanLab's cloud can't be used" in done.stdout and "swanlab sync" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_variable_that_swanlab_can_not_read_is_named(tmp_path):
-    done = log("offline", tmp_path, SWANLAB_PROJECT="mine")
+def test_cloud_with_a_key_but_no_network_is_an_error(log):
+    refused(log("cloud", "none", unreachable(), SWANLAB_API_KEY=KEY))
+
+
+def test_cloud_that_refuses_connections_is_an_error(log):
+    refused(log("cloud", "refuses connections", SWANLAB_API_KEY=KEY, SWANLAB_API_HOST="http://127.0.0.1:9"))
+
+
+def test_cloud_that_never_answers_is_an_error(log):
+    with silent_server() as address:
+        refused(log("cloud", "never answers", SWANLAB_API_KEY=KEY, SWANLAB_API_HOST=address))
+
+
+def test_a_variable_that_swanlab_can_not_read_is_named(log):
+    done = log("offline", SWANLAB_PROJECT="mine")
     assert done.returncode == 2 and "SWANLAB_PROJ_NAME" in done.stdout
 
 
