@@ -183,24 +183,35 @@ def test_the_shipped_font_comes_with_its_licence():
 
 
 WITHOUT_CHINESE_FONT = """
-import sys, warnings
+import io, sys, warnings
 from matplotlib import font_manager
 manager = font_manager.fontManager
 manager.ttflist = [font for font in manager.ttflist if "/mpl-data/" in font.fname.replace("\\\\", "/")]
+from conftest import NANO
+from glm4_helpers import plots, read_rows
+from glm4_helpers.widgets import token_view_figure
+from test_plots import FIGURES
+from transformers import AutoTokenizer
+tokenizer, rows = AutoTokenizer.from_pretrained(NANO), {row["kind"]: row for row in read_rows("data/train.json")}
 warnings.simplefilter("error")
-from glm4_helpers import plots
-figure = plots.kinds_of_rows_figure([{"kind": kind} for kind in plots.KIND_LABELS])
-figure.savefig(sys.argv[1])
+for figure in [draw() for draw in FIGURES.values()] + [token_view_figure(tokenizer, row) for row in rows.values()]:
+    figure.savefig(io.BytesIO())
+FIGURES["kinds_of_rows"]().savefig(sys.argv[1])
 print(plots.chinese_family())
 """
 
 
 def test_without_any_chinese_font_the_shipped_one_is_used(tmp_path):
-    """A new process whose matplotlib knows its own fonts only; a missing glyph would be an error."""
+    """All figures, and a token view of each kind of row, in a process whose matplotlib knows its own fonts only.
+
+    matplotlib warns of a missing glyph, which is an error there.
+    """
     picture = Path(os.environ.get("GLM4_SCREENSHOTS") or tmp_path) / "plot_without_chinese_font.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", WITHOUT_CHINESE_FONT, str(picture)]
-    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": path, "MPLBACKEND": "agg"}
+    finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == plots.SHIPPED_FAMILY
     assert picture.stat().st_size > 20_000
