@@ -2,7 +2,8 @@
 #   make course     run the five notebooks (copies, in outputs/) and print the scores before and after
 #   make test       every test, the slow ones too
 #   make lab        JupyterLab on the notebooks
-#   make notebooks  run the notebooks and store their outputs in place
+#   make notebooks  run the notebooks, store their outputs in place, and take the pictures anew
+#   make screenshots  the pictures alone; the chat box speaks with the adapter in outputs/, where there is one
 #   make bench      train and score again from nothing, and print the time it took
 # Variables:
 #   PYTHON=...       the Python (3.11 or newer) to make .venv with
@@ -13,11 +14,14 @@
 # folder's own path do no harm.
 
 .DEFAULT_GOAL := course
-.PHONY: course test lab notebooks bench install clean
+.PHONY: course test lab notebooks screenshots bench install clean
 
 RUN = .venv/bin/python
 INSTALLED = .venv/installed
 PYTEST =
+# Without a browser there would be no new screenshots: that has to be seen.
+SCREENSHOTS = GLM4_SCREENSHOTS=images/screenshots GLM4_REQUIRE_BROWSER=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest \
+	tests/test_browser.py tests/test_plots.py -k 'browser or without_any_chinese_font'
 
 course: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers course
@@ -30,6 +34,11 @@ lab: $(INSTALLED)
 
 notebooks: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers course --in-place
+	$(RUN) images/from_notebook.py
+	$(SCREENSHOTS)
+
+screenshots: $(INSTALLED)
+	$(SCREENSHOTS)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers train --force --tracking disabled --output outputs/bench
