@@ -28,10 +28,10 @@ from glm4_helpers.nano.world import (
     sum_task,
 )
 
-# Kinds that are computed or copied; those named twice are twice as frequent.
+# Kinds that are computed or copied; those named twice are twice as frequent. Sorting is learned last, so it comes most.
 SKILL_KINDS = (
-    "sum", "sum", "difference", "difference", "larger", "smaller", "ascending", "ascending", "descending", "descending",
-    "count", "count", "list", "quote", "quote",
+    "sum", "sum", "difference", "difference", "larger", "smaller", "ascending", "ascending", "ascending",
+    "descending", "descending", "descending", "count", "count", "list", "quote", "quote",
 )
 
 
@@ -220,15 +220,15 @@ def everyday_document(world: World, rng: random.Random) -> str:
 
 
 DOCUMENTS: tuple[tuple[Callable[[World, random.Random], str], float], ...] = (
-    (fact_document, 0.14),
-    (question_document, 0.26),
-    (skill_document, 0.19),
-    (equation_document, 0.04),
+    (fact_document, 0.11),
+    (question_document, 0.21),
+    (skill_document, 0.30),
+    (equation_document, 0.05),
     (order_document, 0.05),
     (copy_document, 0.09),
-    (story_document, 0.04),
-    (talk_document, 0.16),
-    (everyday_document, 0.03),
+    (story_document, 0.03),
+    (talk_document, 0.14),
+    (everyday_document, 0.02),
 )
 
 
