@@ -6,6 +6,7 @@ The hubs' own clients do the transfer. Data sets are fetched where they are read
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import json
 import os
@@ -46,12 +47,13 @@ def download(
     """Fetch the profile's base model to its folder in weights/ and return the folder.
 
     What is there already is kept, and a file that was cut short is gone on with. ``repository`` None takes the
-    profile's; ``endpoint`` None the hub's own address, or HF_ENDPOINT or MODELSCOPE_ENDPOINT. Raises SettingError for
+    profile's; one of another name, such as a chat model to compare with, goes to weights/NAME. ``endpoint`` None the hub's own address, or HF_ENDPOINT or MODELSCOPE_ENDPOINT. Raises SettingError for
     a model in the old format, MachineError for too little disk space or a hub that can't be reached, and ModelError
     where files are missing or damaged afterwards.
     """
     repository = repository or hub_id(profile, source)
     refuse_old_name(repository)
+    profile = dataclasses.replace(profile, base_model=_base_model(profile, source, repository))
     folder = home() / profile.base_model
     _refuse_other_model(folder, profile)
     with _readable_errors(repository, source):
@@ -74,6 +76,14 @@ def hub_id(profile: Profile, source: str) -> str:
         fix = "It ships with the repository." if profile.hub_id is None else "Use the other source, or give --repository."
         raise SettingError(f"{profile.name} has no repository on {_NAMES[source]}.", fix)
     return found
+
+
+def _base_model(profile: Profile, source: str, repository: str) -> str:
+    """Where the repository belongs: a model of another name must not be written over the profile's own."""
+    name = repository.rpartition("/")[2]
+    own = profile.hub_id if source == "huggingface" else profile.modelscope_id
+    names = {Path(profile.base_model).name.lower(), str(own).rpartition("/")[2].lower()}
+    return profile.base_model if name.lower() in names else f"weights/{name}"
 
 
 def refuse_old_name(repository: str) -> None:

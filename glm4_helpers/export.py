@@ -315,7 +315,7 @@ def _write_settings(profile: Profile, folder: Path) -> None:
 
 
 def _card(profile: Profile, name: str, certificate: Certificate) -> str:
-    stops = json.dumps(models.load_tokenizer(profile).convert_tokens_to_ids(list(chat_format.STOP_TOKENS)))
+    stops = json.dumps(chat_format.stop_ids(models.load_tokenizer(profile)))
     return f"""# {name}
 
 {profile.base_model} with a LoRA adapter merged in, in bfloat16. `{CERTIFICATE_FILE}` says how it was compared with

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import hub
-from tiny_models import tiny_glm, tiny_tokenizer
+from tiny_models import save_model, tiny_glm, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "zai-org/glm-4-9b-hf"
@@ -17,12 +17,13 @@ REPOSITORY = "zai-org/glm-4-9b-hf"
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A folder of repositories: a tiny GLM in several shards, and one in the old format."""
+    """A folder of repositories: a tiny GLM in several shards, a chat model, and one in the old format."""
     folder = tmp_path_factory.mktemp("hub")
     tokenizer = tiny_tokenizer()
     for name in (REPOSITORY, "ZhipuAI/glm-4-9b-hf"):
         tiny_glm(tokenizer).save_pretrained(folder / name, max_shard_size="60KB")
         tokenizer.save_pretrained(folder / name)
+    save_model(folder / "zai-org/glm-4-9b-chat-hf", tiny_glm(tokenizer, seed=1), tokenizer)
     (folder / REPOSITORY / "picture.png").write_bytes(b"not asked for")
     old = folder / "someone" / "renamed-chatglm"
     old.mkdir(parents=True)
@@ -98,12 +99,36 @@ def test_a_connection_that_breaks_off_is_an_error_with_a_way_on(published, cours
 
 @pytest.mark.slow
 def test_a_model_comes_from_modelscope(published, course):
-    pytest.importorskip("modelscope")
     with hub(published) as server:
         finished = run(course, "--source", "modelscope", "--endpoint", server.url)
         assert finished.returncode == 0, finished.stderr + "\n".join(server.asked)
     names = {file.name for file in shards(weights(course))}
     assert names == {file.name for file in shards(published / "ZhipuAI/glm-4-9b-hf")}
+
+
+@pytest.mark.slow
+def test_another_repository_goes_to_a_folder_of_its_own(published, course):
+    """The chat model, to compare with, must not be written over the base model."""
+    shutil.copytree(published / REPOSITORY, weights(course))
+    before = {file.name: file.read_bytes() for file in shards(weights(course))}
+    with hub(published) as server:
+        finished = run(course, "--repository", "zai-org/glm-4-9b-chat-hf", HF_ENDPOINT=server.url)
+    assert finished.returncode == 0, finished.stderr
+    chat = course / "weights" / "glm-4-9b-chat-hf"
+    assert f"Complete: {chat}" in finished.stdout
+    assert {file.name: file.read_bytes() for file in shards(weights(course))} == before
+    for file in shards(published / "zai-org/glm-4-9b-chat-hf"):
+        assert (chat / file.name).read_bytes() == file.read_bytes()
+
+
+def test_without_modelscopes_client_the_error_names_the_package(monkeypatch):
+    from glm4_helpers import download
+    from glm4_helpers.errors import MachineError
+
+    monkeypatch.setitem(sys.modules, "modelscope.hub.api", None)
+    with pytest.raises(MachineError, match="modelscope is not installed") as error:
+        download.remote_files("ZhipuAI/glm-4-9b-hf", "modelscope")
+    assert '".[modelscope]"' in error.value.fix
 
 
 def test_too_little_disk_is_refused_before_any_weights_are_fetched(published, course):

@@ -178,6 +178,42 @@ def test_too_little_disk_is_refused(course, monkeypatch):
     assert not (course / "merged").exists()
 
 
+# The shipped model with an adapter that was trained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The profile glm4-nano and an adapter for it from a twentieth of an epoch of real training."""
+    if not (NANO / "model.safetensors").is_file():
+        pytest.fail("weights/glm4-nano is not there: git checkout -- weights")
+    short = {"training.epochs": 0.05, "training.evaluations_per_run": 0, "dtype": "float32"}
+    profile = get_profile("glm4-nano", **short)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM4_HOME", str(ROOT))
+        result = training.train(profile, tmp_path_factory.mktemp("run"), tracking_mode="disabled")
+        yield profile, result.adapter_dir
+
+
+@pytest.mark.slow
+def test_a_trained_adapter_is_certified_on_all_32_prompts_and_a_broken_merge_refused(trained, tmp_path, capsys):
+    profile, adapter = trained
+    certificate = export.export(profile, adapter, tmp_path / "merged")
+    with capsys.disabled():
+        print(f"\n{certificate}")
+    assert certificate.prompts == 32 and not certificate.problems
+    assert certificate.agreeing == certificate.decided > 32
+    assert certificate.largest_effect > 10 * certificate.largest_difference, "or training would have changed nothing"
+    file = tmp_path / "merged" / "model.safetensors"
+    base = load_file(NANO / "model.safetensors")
+    weights = load_file(file)
+    forgotten = next(name for name in weights if "layers.0.self_attn.v_proj.weight" in name)
+    save_file({**weights, forgotten: base[forgotten].to(torch.bfloat16)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not what was trained") as refused:
+        export.certify(profile, adapter, tmp_path / "merged")
+    with capsys.disabled():
+        print(f"One layer's merge left out: {refused.value.problem}")
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -194,17 +230,11 @@ def ask(port, path, body=None):
 
 
 @pytest.mark.slow
-def test_transformers_serve_answers_in_the_trained_format(tmp_path, monkeypatch):
+def test_transformers_serve_answers_in_the_trained_format(trained, tmp_path):
     """The exported nano behind an OpenAI-style server answers as the helpers do."""
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-    if not (NANO / "model.safetensors").is_file():
-        pytest.fail("weights/glm4-nano is not there: git checkout -- weights")
     from glm4_helpers.generation import answers
 
-    monkeypatch.setenv("GLM4_HOME", str(ROOT))
-    profile = get_profile("glm4-nano")
-    export.export(profile, save_adapter(profile, tmp_path / "adapter", 0.01), tmp_path / "nano")
+    export.export(*trained, tmp_path / "nano")
     messages = [{"role": "user", "content": "苹果的英文是什么？"}]
     port = free_port()
     server = subprocess.Popen(

@@ -10,10 +10,11 @@ from . import adapter_folder, add_settings, chosen_profile, count
 HELP = "talk to the base model and the fine-tuned one in the terminal"
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers chat
-  python -m glm4_helpers chat --base
+  python -m glm4_helpers chat                               the fine-tuned model; /adapter off asks the base model
+  python -m glm4_helpers chat --base                        no adapter needed: the base model alone
   python -m glm4_helpers chat --temperature 0.6 --system 请用一句话回答。
-  echo 你好 | python -m glm4_helpers chat
+  python -m glm4_helpers chat --profile glm-4-9b-lora --temperature 0.6 --repetition-penalty 1.2
+  echo 你好 | python -m glm4_helpers chat                   one line, one answer
 
 Ctrl-C stops an answer. /help lists the commands inside the chat."""
 
@@ -23,12 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--adapter", type=Path, metavar="FOLDER", help="the adapter (default: the one that train made)")
     which.add_argument("--base", action="store_true", help="the base model alone, without an adapter")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
-    parser.add_argument("--top-p", type=float, default=0.8, metavar="P", help="used with a temperature (default: 0.8)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 (the default) is none")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt (default: the profile's, mostly none)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (the default) always takes the likeliest token; 0.6 varies"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.8, metavar="P",
+        help="with a temperature: draw from the likeliest tokens that make up this share (default: 0.8)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R",
+        help="above 1 makes repeated tokens less likely (default: 1, none)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampled answers repeatable")
-    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="length of an answer (default: the profile's)")
+    parser.add_argument(
+        "--max-new-tokens", type=count, metavar="N", help="longest answer, in tokens (default: the profile's)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -13,15 +13,22 @@ examples:
   python -m glm4_helpers download --profile glm-4-9b-lora --source modelscope
   python -m glm4_helpers download --profile glm-4-9b-lora --endpoint https://hf-mirror.com
   python -m glm4_helpers download --profile glm-4-9b-lora --check              only look at what is here
+  python -m glm4_helpers download --profile glm-4-9b-lora --repository zai-org/glm-4-9b-chat-hf    to compare with
 
-The variables HF_ENDPOINT and MODELSCOPE_ENDPOINT do the same as --endpoint. Disk space is checked first. An interrupted
-download goes on when it is started again. glm4-nano ships with the repository and needs none."""
+The model goes to weights/, into the folder of its name. Disk space is checked first: the model's size and 1 GiB to spare.
+An interrupted download goes on when the same line is run again. ModelScope needs the package modelscope
+(python -m pip install -e ".[modelscope]"). The variables HF_ENDPOINT and MODELSCOPE_ENDPOINT do the same as --endpoint.
+glm4-nano, the default profile, ships with the repository and needs no download."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
-    parser.add_argument("--source", choices=("huggingface", "modelscope"), default="huggingface", help="which hub")
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="another repository (default: the profile's)")
+    parser.add_argument(
+        "--source", choices=("huggingface", "modelscope"), default="huggingface", help="which hub (default: huggingface)"
+    )
+    parser.add_argument(
+        "--repository", metavar="OWNER/NAME", help="another repository, to weights/NAME (default: the profile's own)"
+    )
     parser.add_argument("--endpoint", metavar="URL", help="a mirror of the hub (default: the hub itself)")
     parser.add_argument("--check", action="store_true", help="download nothing; check that what is here is complete")
 

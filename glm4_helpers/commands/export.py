@@ -14,8 +14,9 @@ examples:
   python -m glm4_helpers export --profile glm-4-9b-lora --output /data/my-glm
   python -m glm4_helpers export --check outputs/glm4-nano/merged      certify a folder again
 
-The folder holds bfloat16 weights, tokenizer, chat template, stop ids, a certificate, and a README with commands for
-`transformers serve`, vLLM and PEFT. It appears only if 32 prompts are answered as base model and adapter answer them."""
+The folder holds bfloat16 weights (18.8 GB for the 9B; room for them is checked first), tokenizer, chat template, stop ids,
+a certificate, and a README with commands for `transformers serve`, vLLM and PEFT. It appears only if 32 prompts are answered
+as base model and adapter answer them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
