@@ -107,7 +107,8 @@ def _reply_html(reply: Reply) -> str:
     note = f' <span style="{_QUIET}">{html.escape(NOTES[reply.state])}</span>' if NOTES[reply.state] else ""
     error = f'<div role="alert">{html.escape(reply.error)}</div>' if reply.error else ""
     return (
-        f'<div style="flex:1 1 16em;min-width:0"><div style="{_QUIET}">{html.escape(reply.name)}</div>'
+        f'<div role="group" aria-label="{html.escape(reply.name)}" style="flex:1 1 16em;min-width:0">'
+        f'<div style="{_QUIET}">{html.escape(reply.name)}</div>'
         f'<div style="{_BUBBLE};{_ERROR if error else _REPLY}">{html.escape(reply.text)}{note}{error}</div></div>'
     )
 
