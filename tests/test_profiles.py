@@ -29,7 +29,7 @@ def test_nano_as_decided():
     assert (nano.lora.r, nano.lora.alpha, nano.lora.dropout) == (8, 32, 0.0)
     assert nano.lora.target_modules == ("q_proj", "k_proj", "v_proj")
     assert (nano.training.per_device_batch_size, nano.training.epochs) == (8, 3)
-    assert (nano.training.learning_rate, nano.training.max_length) == (3e-3, 512)
+    assert (nano.training.learning_rate, nano.training.max_length) == (2e-3, 512)
     assert nano.training.padding_free
 
 
