@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,12 +15,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT
-from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
+from test_notebooks import write_few_rows
+from tiny_models import save_model, tiny_glm
+
+from glm4_helpers.nano.pretrain import build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
-NOTEBOOK = ROOT / "notebooks" / "05_before_after_comparison.ipynb"
+TOKENS, TRAINING, CHAT = "03_dataset_and_chat_template", "04_lora_sft_training", "05_before_after_comparison"
 SCREENSHOTS = Path(os.environ.get("GLM4_SCREENSHOTS") or ROOT / "outputs" / "screenshots")
 """`make notebooks` sets the variable and so refreshes the committed pictures; else they go to the ignored outputs/."""
 
@@ -27,104 +32,109 @@ CHROMIUM_OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync",
 ]  # fmt: skip
+QUESTION = "大象的英文是什么？"  # What is 'elephant' in English?
 FORGED = "<b>粗体</b><img src=x onerror=\"document.title='owned'\">"
+SAID_BY_MODEL = "<b>粗体"
+SECONDS_FOR_A_NOTEBOOK = 1200
 
 
 # What is opened
 
 
-def small_course(home: Path) -> Path:
-    """A course folder of a random model that writes on and on, two adapters of it, and a notebook with all widgets."""
-    tokenizer = tiny_tokenizer()
-    model = write_only(tiny_glm(tokenizer), tokenizer, "你好苹果香蕉天地人")
-    save_model(home / "weights" / "glm4-nano", model, tokenizer)
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    cells = [nbformat.v4.new_code_cell(cell) for cell in SMALL_NOTEBOOK]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-    path = home / "notebooks" / "small.ipynb"
-    path.parent.mkdir(parents=True)
-    nbformat.write(notebook, path)
-    return path
-
-
-def whole_course(home: Path) -> Path:
-    """Notebook 05 in a course folder with the shipped model and few rows, so that training takes seconds."""
-    from test_notebooks import write_few_rows
-
-    for name in ("glm4_helpers", "weights"):
+def course_folder(home: Path) -> Path:
+    """A course with the shipped model, few rows and its notebooks without outputs: what is seen then is from this run."""
+    for name in ("glm4_helpers", "weights", "images"):
         (home / name).symlink_to(ROOT / name)
     write_few_rows(home / "data")
-    path = home / "notebooks" / NOTEBOOK.name
-    path.parent.mkdir()
-    return shutil.copy(NOTEBOOK, path)
+    copy_notebooks(home)
+    return home
 
 
-SMALL_NOTEBOOK = (
-    """\
+def copy_notebooks(home: Path) -> None:
+    (home / "notebooks").mkdir(exist_ok=True)
+    for name in (TOKENS, TRAINING, CHAT):
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, home / "notebooks" / f"{name}.ipynb")
+
+
+def html_course(home: Path) -> Path:
+    """A course whose base model answers everything with HTML, and a notebook with a chat box alone."""
+    tokenizer = build_tokenizer(SAID_BY_MODEL + "你好 \n")
+    save_model(home / "weights" / "glm4-nano", says(SAID_BY_MODEL, tokenizer), tokenizer)
+    (home / "glm4_helpers").symlink_to(ROOT / "glm4_helpers")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CHAT_ALONE)], metadata=kernel)
+    (home / "notebooks").mkdir()
+    nbformat.write(notebook, home / "notebooks" / "chat.ipynb")
+    return home
+
+
+CHAT_ALONE = """\
 import torch
-from peft import LoraConfig, get_peft_model
-from glm4_helpers import get_profile, home, load_base_model, load_tokenizer
-from glm4_helpers.models import save_adapter_facts
-from glm4_helpers.callbacks import NotebookPlot
-from glm4_helpers.widgets import chat_box, token_view
+from glm4_helpers import get_profile, load_base_model, load_tokenizer
+from glm4_helpers.widgets import chat_box
 
 profile = get_profile()
-tokenizer = load_tokenizer(profile)
-base = load_base_model(profile, torch.float32)""",
-    """\
-adapters = {}
-for name in ("checkpoint 1", "checkpoint 2"):
-    settings = LoraConfig(r=8, lora_alpha=16, target_modules=list(profile.lora.target_modules), init_lora_weights=False)
-    tuned = get_peft_model(base, settings)
-    adapters[name] = home() / "outputs" / name
-    tuned.save_pretrained(adapters[name])
-    save_adapter_facts(adapters[name], profile)
-    base = tuned.unload()""",
-    """\
-rows = [
-    {"kind": "word", "instruction": "苹果的英文是什么？", "input": "", "output": "苹果的英文是apple。"},
-    {"kind": "sum", "instruction": "1+2等于多少？", "input": "", "output": "3。", "history": [["你好！", "你好！"]]},
-]
-token_view(tokenizer, rows)""",
-    """\
-from datasets import Dataset
-from glm4_helpers import encode
-from glm4_helpers.datasets import to_messages
-from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+chat_box(load_base_model(profile, torch.float32), load_tokenizer(profile), profile)"""
 
-run = SFTConfig(
-    output_dir=str(home() / "outputs" / "run"), max_steps=60, logging_steps=1, learning_rate=3e-3, report_to="none",
-    per_device_train_batch_size=2, disable_tqdm=True, save_strategy="no", bf16=False,
-)
-encoded = Dataset.from_list([encode(tokenizer, to_messages(row)) for row in rows])
-trainer = SFTTrainer(
-    load_base_model(profile, torch.float32), run, processing_class=tokenizer, train_dataset=encoded,
-    callbacks=[NotebookPlot()],
-)
-trainer.remove_callback(PrinterCallback)
-_ = trainer.train()""",
-    """\
-box = chat_box(base, tokenizer, profile, adapters)
-box""",
-)
+
+def says(text: str, tokenizer):
+    """A model whose layers add nothing, so that its next token depends on the last one only: it spells ``text``."""
+    letters = ["<|assistant|>", "\n", *text, "<|endoftext|>"]
+    assert len(set(letters)) == len(letters), "a letter that comes twice would have two successors"
+    model = tiny_glm(tokenizer, hidden_size=64, num_attention_heads=4, head_dim=16)
+    ids = tokenizer.convert_tokens_to_ids(letters)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight[ids] = torch.eye(64)[: len(ids)]
+        for last, following in itertools.pairwise(ids):
+            model.lm_head.weight[following] = model.model.embed_tokens.weight[last]
+    return model
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory) -> Path:
-    """The notebook to open, in a course folder of its own."""
-    return small_course(tmp_path_factory.mktemp("a course"))  # or: whole_course, once 05 and the weights are there
+def courses(tmp_path_factory) -> Path:
+    """The folder that JupyterLab serves: the courses that are opened lie in it."""
+    return tmp_path_factory.mktemp("all courses")
+
+
+@pytest.fixture(scope="module")
+def course(courses) -> Path:
+    """The course whose adapter is trained in the browser, by whichever notebook is run first, and then shared."""
+    home = courses / "a course"
+    home.mkdir()
+    return course_folder(home)
+
+
+@pytest.fixture(scope="module")
+def trained_course(course, courses) -> Path:
+    """For pictures that are to be committed the whole data and the adapter of this clone, where it has one; else `course`."""
+    if not os.environ.get("GLM4_SCREENSHOTS") or not (ROOT / "outputs" / "glm4-nano" / "adapter").is_dir():
+        return course
+    home = courses / "the clone"
+    home.mkdir()
+    for name in ("glm4_helpers", "weights", "images", "data"):
+        (home / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "outputs" / "glm4-nano", home / "outputs" / "glm4-nano")
+    copy_notebooks(home)
+    return home
 
 
 # Server and browser
 
 
 @pytest.fixture(scope="module")
-def lab(notebook, tmp_path_factory):
-    """The address of a JupyterLab that serves the course folder, and the folder of its settings."""
-    home, settings = notebook.parent.parent, tmp_path_factory.mktemp("jupyter")
+def lab(courses, tmp_path_factory):
+    """The address of a JupyterLab that serves the courses, and the folder of its settings."""
+    settings = tmp_path_factory.mktemp("jupyter")
     environment = {
-        **os.environ, "GLM4_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         "JUPYTER_CONFIG_DIR": str(settings), "JUPYTER_RUNTIME_DIR": str(settings / "runtime"),
         "JUPYTERLAB_SETTINGS_DIR": str(settings / "user"), "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"),
         "IPYTHONDIR": str(settings / "ipython"),
@@ -132,7 +142,7 @@ def lab(notebook, tmp_path_factory):
     write_setting(settings, "apputils-extension/notification", fetchNews="false", checkForUpdates=False)
     command = [
         sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-        "--ServerApp.port=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={home}",
+        "--ServerApp.port=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={courses}",
         "--LabApp.extension_manager=readonly", "--ServerApp.disable_check_xsrf=True",
     ]  # fmt: skip
     log = settings / "server.log"
@@ -141,10 +151,10 @@ def lab(notebook, tmp_path_factory):
             yield wait_for_address(server, log), settings
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(120)
 
 
-def wait_for_address(server: subprocess.Popen, log: Path, seconds: float = 120) -> str:
+def wait_for_address(server: subprocess.Popen, log: Path, seconds: float = 300) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         found = re.search(r"http://127\.0\.0\.1:[1-9]\d*", log.read_text())
@@ -165,61 +175,92 @@ def no_browser(reason: str) -> None:
     (pytest.fail if os.environ.get("GLM4_REQUIRE_BROWSER") == "1" else pytest.skip)(reason)
 
 
+def chromium() -> str:
+    """The Chromium or Chrome of this machine; without one the test fails or is skipped."""
+    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    return next(found, None) or no_browser("no Chromium is installed")
+
+
 @pytest.fixture(scope="module")
 def browser():
+    executable = chromium()
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         no_browser("playwright is not installed")
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        no_browser("no Chromium is installed")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_OPTIONS)
         yield browser
         browser.close()
 
 
-@pytest.fixture
-def page(browser, lab, notebook):
-    """JupyterLab with the notebook open in a new kernel, all cells run."""
-    with opened(browser, lab[0], notebook) as page:
-        yield page
-
-
 @contextmanager
 def opened(browser, address: str, notebook: Path):
+    """JupyterLab with the notebook open and its kernel idle; nothing has been run yet."""
     page = browser.new_page(viewport={"width": 1150, "height": 1000})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(300_000)
     try:
-        page.goto(f"{address}/lab/tree/notebooks/{notebook.name}?reset")
+        page.goto(f"{address}/lab/tree/{notebook.parent.parent.name}/notebooks/{notebook.name}?reset")
         # Before the kernel is there, JupyterLab would ask which one to use.
         page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
-        run_all(page)
         yield page
     except Exception:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / "failure.png")
+        show_failure(page)
         raise
     finally:
         page.goto("about:blank")
-        shut_down_kernels(page, address)
+        shut_down(page, address, notebook)
         page.close()
 
 
-def run_all(page, seconds: float = 300) -> None:
-    """Run > Run All Cells; waits for the chat box, and fails at once with the text of an error."""
+def show_failure(page) -> None:
+    """What the page looked like, always in the ignored outputs/: it is no picture to be committed."""
+    folder = ROOT / "outputs" / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / "failure.png")
+
+
+def shut_down(page, address: str, notebook: Path) -> None:
+    """End the kernel of this notebook; others may be in use."""
+    path = notebook.relative_to(notebook.parents[2]).as_posix()
+    for session in page.request.get(f"{address}/api/sessions").json():
+        if session["path"] == path:
+            assert page.request.delete(f"{address}/api/sessions/{session['id']}").ok
+
+
+def run_all(page) -> None:
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def wait_until(condition, what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.05)
+
+
+def wait_in_notebook(page, condition, what: str) -> None:
+    """Wait for something that the cells do; a cell that fails ends it with the text of its error."""
     errors = page.locator("[data-mime-type='application/vnd.jupyter.error']")
-    wait_until(lambda: errors.count() or chat(page).count(), "the chat box", seconds)
-    assert not errors.count(), errors.first.inner_text()
-    chat(page).wait_for()
+
+    def there() -> bool:
+        assert not errors.count(), errors.first.text_content()
+        return condition()
+
+    wait_until(there, what, SECONDS_FOR_A_NOTEBOOK)
 
 
-def shut_down_kernels(page, address: str) -> None:
-    for kernel in page.request.get(f"{address}/api/kernels").json():
-        assert page.request.delete(f"{address}/api/kernels/{kernel['id']}").ok
+def wait_until_run(page) -> None:
+    """Until the last code cell has its number."""
+    last = page.locator(".jp-CodeCell .jp-InputPrompt").last
+    wait_in_notebook(page, lambda: re.search(r"\[\d+\]", last.text_content()), "the end of the notebook")
+
+
+def picture(page, name: str, locator) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    locator.scroll_into_view_if_needed()
+    locator.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled")
 
 
 # The chat box as somebody sees it
@@ -229,112 +270,332 @@ def chat(page):
     return page.locator(".jp-OutputArea-output").filter(has=page.get_by_label("Message", exact=True))
 
 
+def message(page):
+    return chat(page).get_by_label("Message", exact=True)
+
+
 def button(page, name: str):
     return chat(page).get_by_role("button", name=name, exact=True)
+
+
+def status(page) -> str:
+    return chat(page).get_by_role("status").inner_text()
 
 
 def said(page) -> str:
     return chat(page).get_by_role("log").inner_text()
 
 
-def wait_until(condition, what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.05)
+READ_ANSWERS = """box => Object.fromEntries([...box.querySelectorAll('[role=group]')].map(reply => {
+  const texts = [...reply.lastElementChild.childNodes].filter(node => node.nodeType === Node.TEXT_NODE);
+  return [reply.getAttribute('aria-label'), texts.map(node => node.data).join('').trimEnd()];
+}))"""
+"""The answers in the box by speaker; with several turns the last ones. What follows an answer, as (stopped), is no text."""
+
+WATCH = f"""box => {{
+  const answers = {READ_ANSWERS};
+  const able = name => [...box.querySelectorAll('button')].some(button => button.innerText === name && !button.disabled);
+  window.seen = {{}};
+  window.onlyStop = false;
+  const note = () => {{
+    window.onlyStop ||= able('Stop') && !able('Send') && !able('Clear');
+    for (const [speaker, text] of Object.entries(answers(box))) {{
+      const before = window.seen[speaker] ??= [];
+      if (text && text !== before.at(-1)) before.push(text);
+    }}
+  }};
+  new MutationObserver(note).observe(box, {{subtree: true, childList: true, characterData: true, attributes: true}});
+}}"""
+"""Keep every state of the answers that is shown: looking from outside now and then would miss those of a quick machine."""
+
+
+def shown_answers(page) -> dict[str, str]:
+    return chat(page).evaluate(READ_ANSWERS)
 
 
 def wait_until_ready(page) -> None:
+    """Until all is written. Log, status and buttons change one after the other, so each of them is looked at."""
+    unfinished = chat(page).get_by_role("log").get_by_text("…", exact=True)
     wait_until(
-        lambda: "Ready" in chat(page).get_by_role("status").inner_text() and button(page, "Stop").is_disabled(),
+        lambda: not unfinished.count() and "Ready" in status(page) and button(page, "Stop").is_disabled(),
         "the end of the answer",
+        300,
     )
 
 
-def picture(page, name: str, locator) -> None:
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    locator.scroll_into_view_if_needed()
-    locator.screenshot(path=SCREENSHOTS / f"{name}.png")
+def ask(page, text: str) -> None:
+    message(page).fill(text)
+    message(page).press("Enter")
+    wait_until(lambda: text in said(page), "the question in the log")
 
 
-# What somebody does
-
-
-def test_two_answers_stream_and_the_box_survives_stop_clear_and_rerun(page):
-    message = chat(page).get_by_label("Message", exact=True)
-    chat(page).get_by_label("Longest answer").fill("1000")
-    message.fill("你好，苹果的英文是什么？")
-    message.press("Enter")
-    wait_until(lambda: "is answering" in chat(page).get_by_role("status").inner_text(), "the beginning of an answer")
-    wait_until(lambda: button(page, "Send").is_disabled() and button(page, "Clear").is_disabled(), "disabled buttons")
-    lengths = set()
-    wait_until(lambda: lengths.add(len(said(page))) or "fine-tuned (checkpoint 2)" in said(page), "the second answer")
-    assert len(lengths) >= 4, "the first answer did not stream"
-    button(page, "Stop").click()
-    wait_until_ready(page)
-    assert message.input_value() == ""
-    text = said(page)
-    assert "你好，苹果的英文是什么？" in text and "base" in text and "fine-tuned (checkpoint 2)" in text
-    picture(page, "chat_box", chat(page))
-    stop_half_way(page)
+def clear(page) -> None:
     button(page, "Clear").click()
-    wait_until(lambda: "苹果的英文" not in said(page), "the empty log")
-    rerun_chat_cell(page)
-    assert chat(page).count() == 1, "the box of the former run is still there"
-    message = chat(page).get_by_label("Message", exact=True)
-    message.fill("再见")
-    button(page, "Send").click()
-    wait_until(lambda: "fine-tuned" in said(page), "the second answer")
-    button(page, "Stop").click()
-    wait_until_ready(page)
-    assert "再见" in said(page)
-
-
-def stop_half_way(page) -> None:
-    chat(page).get_by_label("Longest answer").fill("2000")
-    chat(page).get_by_label("Message", exact=True).fill("写长一点")
-    chat(page).get_by_label("Message", exact=True).press("Enter")
-    wait_until(lambda: "is answering" in chat(page).get_by_role("status").inner_text(), "the long answer")
-    before = len(said(page))
-    wait_until(lambda: len(said(page)) > before + 5, "some of the long answer")
-    button(page, "Stop").click()
-    wait_until_ready(page)
-    assert "(stopped)" in said(page)
+    wait_until(lambda: "Type a message" in said(page), "the empty log")
 
 
 def rerun_chat_cell(page) -> None:
+    """Run the cell of the chat box again; the box is then a new and empty one."""
     cell = page.locator(".jp-CodeCell").filter(has=page.get_by_label("Message", exact=True))
+    before = cell.locator(".jp-InputPrompt").text_content()
     cell.locator(".jp-InputPrompt").click()
     page.keyboard.press("Control+Enter")
+    prompt = page.locator(".jp-CodeCell.jp-mod-active .jp-InputPrompt")
+    wait_in_notebook(
+        page, lambda: prompt.text_content() != before and re.search(r"\[\d+\]", prompt.text_content()), "the cell's end"
+    )
     wait_until(lambda: chat(page).count() == 1 and "Type a message" in said(page), "the new box")
 
 
-def test_by_keyboard_alone(page):
-    # Command mode, last cell: from here on no mouse.
-    page.locator(".jp-CodeCell").last.locator(".jp-InputPrompt").click()
-    tab_to(page, "Message")
-    page.keyboard.type("天地人")
-    page.keyboard.press("Enter")
-    wait_until(lambda: "is answering" in chat(page).get_by_role("status").inner_text(), "the answer")
-    assert focused(page) == "Message", "the message box lost the focus"
-    tab_to(page, "Stop")
-    page.keyboard.press("Enter")
+# A missing browser
+
+
+def test_a_missing_browser_is_a_failure_where_it_is_required_and_else_a_skip(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("GLM4_REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="no Chromium is installed"):
+        chromium()
+    monkeypatch.delenv("GLM4_REQUIRE_BROWSER")
+    with pytest.raises(pytest.skip.Exception, match="no Chromium is installed"):
+        chromium()
+
+
+# Notebooks 03 and 04
+
+
+def test_training_is_seen_live_in_notebook_04(browser, lab, course):
+    with opened(browser, lab[0], course / "notebooks" / f"{TRAINING}.ipynb") as page:
+        run_all(page)
+        bar = page.locator(".jp-OutputArea-output progress")
+        cell = page.locator(".jp-CodeCell").filter(has=bar)
+
+        def share() -> float:
+            return bar.evaluate("bar => bar.value / bar.max") if bar.count() else 0.0
+
+        wait_in_notebook(page, lambda: 0.5 < share(), "the middle of the training")
+        plot = cell.locator(".jp-OutputArea-output img")
+        first, begun = plot.get_attribute("src"), share()
+        picture(page, "live_plot", cell.locator(".jp-OutputArea"))
+        assert begun < 1, "the training was over before it was seen"
+        wait_in_notebook(page, lambda: share() == 1, "the end of the training")
+        assert plot.count() == 1 and plot.get_attribute("src") != first, "the plot did not grow"
+        wait_in_notebook(page, page.get_by_text(re.compile("s of training, final loss")).count, "the cell after it")
+
+
+def test_the_token_view_shows_the_row_that_is_chosen(browser, lab, course):
+    with opened(browser, lab[0], course / "notebooks" / f"{TOKENS}.ipynb") as page:
+        run_all(page)
+        wait_until_run(page)
+        row = page.get_by_label("Row", exact=True)
+        tokens = page.locator(".jp-OutputArea-output").filter(has=row)
+        tokens.scroll_into_view_if_needed()  # JupyterLab lays out what is in view only
+        boxes = tokens.get_by_role("listitem")
+        boxes.first.wait_for()
+        follow_up = next(label for label in row.locator("option").all_inner_texts() if ": follow_up: " in label)
+        row.select_option(label=follow_up)
+        question = follow_up.rpartition(": ")[2]
+        wait_until(lambda: "→ <|endoftext|>" in tokens.text_content(), "a row with several answers")
+        written = "".join(box.evaluate("box => box.firstChild.textContent").strip() for box in boxes.all())
+        assert question.rstrip("…") in written
+        picture(page, "token_view", tokens)
+
+
+# Notebook 05
+
+
+@pytest.fixture(scope="module")
+def run_once(browser, lab, trained_course):
+    """Notebook 05 in the light theme, all cells run. It trains the adapter where 04 has not."""
+    with opened(browser, lab[0], trained_course / "notebooks" / f"{CHAT}.ipynb") as page:
+        run_all(page)
+        wait_until_run(page)
+        yield page
+
+
+@pytest.fixture
+def page(run_once, request):
+    """Notebook 05 with a new chat box."""
+    failed_before = request.session.testsfailed
+    rerun_chat_cell(run_once)
+    yield run_once
+    if request.session.testsfailed > failed_before:
+        show_failure(run_once)
+
+
+def a_long_question(course: Path) -> str:
+    """A question of a training row whose answer is long, so that it is seen to stream."""
+    rows = json.loads((course / "data" / "train.json").read_text(encoding="utf-8"))
+    return max((row for row in rows if row["kind"] == "plan"), key=lambda row: len(row["output"]))["instruction"]
+
+
+def test_two_answers_stream_and_the_box_survives_stop_clear_and_rerun(page, trained_course):
+    question = a_long_question(trained_course)
+    chat(page).evaluate(WATCH)
+    ask(page, question)
+    wait_until(lambda: len(shown_answers(page)) == 2, "the second answer")
     wait_until_ready(page)
+    whole = shown_answers(page)
+    assert message(page).input_value() == ""
+    assert [name.partition(" (")[0] for name in whole] == ["base", "fine-tuned"]
+    assert len(set(whole.values())) == 2, "the adapter changes nothing"
+    assert_streamed(page.evaluate("window.seen"), whole)
+    assert page.evaluate("window.onlyStop"), "while an answer was written, Stop alone should have been there to click"
+    clear(page)
+    stop_half_way(page, question, whole)
+    clear(page)
+    rerun_chat_cell(page)
+    ask(page, QUESTION)
+    wait_until_ready(page)
+    assert QUESTION in said(page) and question not in said(page) and all(shown_answers(page).values())
+    picture(page, "chat_box", chat(page))
+
+
+def assert_streamed(seen: dict[str, list[str]], whole: dict[str, str]) -> None:
+    assert seen.keys() == whole.keys()
+    for speaker, states in seen.items():
+        assert states[-1] == whole[speaker]
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(states))
+    assert max(map(len, seen.values())) >= 4, f"no answer grew before our eyes: {seen}"
+
+
+def stop_half_way(page, question: str, whole: dict[str, str]) -> None:
+    """Ask the same again, which greedily gives the same, and click Stop while it is written.
+
+    What a model says, and so how long it takes, is not up to this test: where it was quicker than the click, once more.
+    """
+    for _ in range(5):
+        ask(page, question)
+        wait_until(lambda: len("".join(shown_answers(page).values())) > 5, "some of the answer")
+        # In the page itself, since a click from outside waits for a button that is just being disabled.
+        button(page, "Stop").evaluate("button => button.click()")
+        wait_until_ready(page)
+        if "(stopped)" in said(page):
+            break
+        clear(page)
     assert "(stopped)" in said(page)
-    tab_to(page, "Clear")
-    page.keyboard.press("Space")
-    wait_until(lambda: "天地人" not in said(page), "the empty log")
+    stopped = shown_answers(page)
+    assert all(whole[speaker].startswith(text) for speaker, text in stopped.items())
+    assert len("".join(stopped.values())) < len("".join(whole.values()))
+
+
+def test_what_a_user_types_is_shown_as_text(page):
+    chat(page).get_by_label("Longest answer").fill("5")
+    ask(page, FORGED)
+    wait_until_ready(page)
+    assert_no_element_was_made(page)
+
+
+def assert_no_element_was_made(page) -> None:
+    assert chat(page).get_by_role("log").locator("b, img").count() == 0
+    assert page.title() != "owned"
+
+
+def test_what_a_model_says_is_shown_as_text(browser, lab, courses):
+    home = courses / "says html"
+    home.mkdir()
+    html_course(home)
+    with opened(browser, lab[0], home / "notebooks" / "chat.ipynb") as page:
+        run_all(page)
+        wait_until_run(page)
+        ask(page, "你好")
+        wait_until_ready(page)
+        assert shown_answers(page) == {"base": SAID_BY_MODEL}
+        assert_no_element_was_made(page)
+
+
+def test_a_text_typed_before_the_focus_went_elsewhere_is_sent_by_enter(page):
+    chat(page).get_by_label("Longest answer").fill("5")
+    message(page).fill("人人")
+    chat(page).get_by_label("Temperature").focus()
+    time.sleep(1)
+    assert "人人" not in said(page), "leaving the box must not send"
+    message(page).press("Enter")
+    wait_until(lambda: "人人" in said(page), "the message")
+    wait_until_ready(page)
+    assert chat(page).get_by_role("log").get_by_text("人人", exact=True).count() == 1
+
+
+def test_by_keyboard_alone_in_the_dark_theme(browser, lab, trained_course):
+    address, settings = lab
+    write_setting(settings, "apputils-extension/themes", theme="JupyterLab Dark")
+    # A copy, since JupyterLab gives a notebook that is open twice one kernel.
+    notebook = shutil.copy(trained_course / "notebooks" / f"{CHAT}.ipynb", trained_course / "notebooks" / "keyboard.ipynb")
+    with opened(browser, address, notebook) as page:
+        run_all_by_keyboard(page)
+        wait_until_run(page)
+        go_to_chat_cell(page)
+        page.keyboard.press("Control+Enter")  # a new box, without the turns that the next cell has sent
+        wait_until(lambda: chat(page).count() == 1 and "Type a message" in said(page), "the new box")
+        ask_with_keys(page, QUESTION)
+        wait_until_ready(page)
+        assert focused(page) == "Message", "the message box lost the focus"
+        picture(page, "chat_box_dark", chat(page))
+        # A text that is dark in the dark theme can't be read.
+        red = re.search(r"\d+", chat(page).get_by_role("log").evaluate("log => getComputedStyle(log).color")).group()
+        assert int(red) > 150
+        stop_with_keys(page, a_long_question(trained_course))
+        change_settings_with_keys(page)
+        ask_with_keys(page, "你好")
+        wait_until_ready(page)
+        assert list(shown_answers(page)) == ["base"] and "(cut at the length limit)" in said(page)
+
+
+def run_all_by_keyboard(page) -> None:
+    page.keyboard.press("Control+Shift+C")
+    in_palette = "document.activeElement.classList.contains('lm-CommandPalette-input')"
+    wait_until(lambda: page.evaluate(in_palette), "the command palette")
+    page.keyboard.type("Run All Cells")
+    chosen = page.locator(".lm-CommandPalette-item.lm-mod-active .lm-CommandPalette-itemLabel")
+    for _ in range(10):
+        chosen.wait_for()
+        if chosen.inner_text() == "Run All Cells":
+            page.keyboard.press("Enter")
+            return
+        page.keyboard.press("ArrowDown")
+    pytest.fail("the command palette offers no Run All Cells")
+
+
+def go_to_chat_cell(page) -> None:
+    """Up or down in command mode until the active cell is that of the chat box."""
+    page.keyboard.press("Escape")
+    active = page.locator(".jp-CodeCell.jp-mod-active").filter(has=page.get_by_label("Message", exact=True))
+    for key in ["ArrowUp"] * 60 + ["ArrowDown"] * 60:
+        if active.count():
+            return
+        page.keyboard.press(key)
+    pytest.fail("the cell of the chat box can't be reached with the arrow keys")
+
+
+def ask_with_keys(page, text: str) -> None:
+    tab_to(page, "Message")
+    page.keyboard.type(text)
+    page.keyboard.press("Enter")
+    wait_until(lambda: text in said(page), "the question in the log")
+
+
+def stop_with_keys(page, question: str) -> None:
+    """As `stop_half_way`: what is quicker than the keys is asked again."""
+    for _ in range(5):
+        ask_with_keys(page, question)
+        tab_to(page, "Stop", or_until=lambda: "Ready" in status(page))
+        if focused(page) == "Stop":
+            page.keyboard.press("Enter")
+        wait_until_ready(page)
+        stopped = "(stopped)" in said(page)
+        tab_to(page, "Clear")
+        page.keyboard.press("Space")
+        wait_until(lambda: "Type a message" in said(page), "the empty log")
+        if stopped:
+            return
+    pytest.fail("no answer could be stopped")
+
+
+def change_settings_with_keys(page) -> None:
     tab_to(page, "Answers")
     page.keyboard.press("End")  # the last choice: base
     tab_to(page, "Longest answer")
     page.keyboard.press("Control+a")
-    page.keyboard.type("12")
-    tab_to(page, "Message")
-    page.keyboard.type("你好")
-    page.keyboard.press("Enter")
-    wait_until(lambda: "base" in said(page), "an answer of the base model")
-    wait_until_ready(page)
-    assert "fine-tuned" not in said(page) and "(cut at the length limit)" in said(page)
+    page.keyboard.type("3")
 
 
 FOCUSED = """() => {
@@ -347,61 +608,11 @@ def focused(page) -> str:
     return page.evaluate(FOCUSED).strip()
 
 
-def tab_to(page, name: str) -> None:
+def tab_to(page, name: str, or_until=lambda: False) -> None:
     """Press Tab, or Shift+Tab where that leads nowhere, until the control of this name has the focus."""
     for key in ("Tab", "Shift+Tab"):
         for _ in range(25):
-            if focused(page) == name:
+            if focused(page) == name or or_until():
                 return
             page.keyboard.press(key)
     pytest.fail(f"{name} can't be reached with the Tab key; the focus is on {focused(page)!r}")
-
-
-def test_what_a_user_types_is_shown_as_text(page):
-    chat(page).get_by_label("Longest answer").fill("5")
-    message = chat(page).get_by_label("Message", exact=True)
-    message.fill(FORGED)
-    message.press("Enter")
-    wait_until(lambda: "粗体" in said(page), "the message")
-    wait_until_ready(page)
-    assert FORGED in said(page)
-    assert chat(page).get_by_role("log").locator("b, img").count() == 0
-    assert page.title() != "owned"
-
-
-def test_a_text_typed_before_the_focus_went_elsewhere_is_sent_by_enter(page):
-    message = chat(page).get_by_label("Message", exact=True)
-    chat(page).get_by_label("Longest answer").fill("5")
-    message.fill("人人")
-    chat(page).get_by_label("Temperature").focus()
-    time.sleep(1)
-    assert "人人" not in said(page), "leaving the box must not send"
-    message.press("Enter")
-    wait_until(lambda: "人人" in said(page), "the message")
-    wait_until_ready(page)
-    assert said(page).count("人人") == 1
-
-
-@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_pictures_in_light_and_dark(browser, lab, notebook, theme):
-    address, settings = lab
-    write_setting(settings, "apputils-extension/themes", theme=theme)
-    name = theme.split()[1].lower()
-    with opened(browser, address, notebook) as page:
-        chat(page).get_by_label("Longest answer").fill("40")
-        chat(page).get_by_label("Message", exact=True).fill("苹果的英文是什么？")
-        chat(page).get_by_label("Message", exact=True).press("Enter")
-        wait_until(lambda: "苹果的英文" in said(page), "the message")
-        wait_until_ready(page)
-        picture(page, f"chat_box_{name}", chat(page))
-        tokens = page.locator(".jp-OutputArea-output").filter(has=page.get_by_label("Row", exact=True))
-        tokens.get_by_label("Row", exact=True).select_option(index=1)
-        tokens.scroll_into_view_if_needed()  # JupyterLab lays out what is in view only
-        wait_until(lambda: "→ <|endoftext|>" in tokens.text_content(), "the row with two answers")
-        picture(page, f"token_view_{name}", tokens)
-        plot = page.locator(".jp-OutputArea-output img").first
-        picture(page, f"live_plot_{name}", plot)
-        assert plot.bounding_box()["width"] > 300
-        # A text that is dark in the dark theme, or light in the light one, can't be read.
-        red = int(re.search(r"\d+", chat(page).get_by_role("log").evaluate("e => getComputedStyle(e).color")).group())
-        assert red > 150 if name == "dark" else red < 100
