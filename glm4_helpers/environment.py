@@ -1,7 +1,7 @@
 """What this machine is, and whether it is enough for a profile: the doctor.
 
-It only looks: nothing is installed, downloaded or changed. Exact memory figures live in memory.py; the needs here
-are estimates to decide by. Light to import; torch is imported when the GPU is asked for.
+It only looks: nothing is installed, downloaded or changed. How much memory a profile takes is worked out in memory.py.
+Light to import; torch is imported when the GPU is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import memory
 from .errors import CourseError
 from .paths import home
 from .profiles import Profile, get_profile, profile_names
@@ -119,16 +120,16 @@ def machine(folder: Path | None = None) -> Machine:
     """This machine; disk space is that of ``folder`` (default: the working folder)."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    limit = _container_memory_limit() or memory.total
+    ram = psutil.virtual_memory()
+    limit = _container_memory_limit() or ram.total
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         cpu=_cpu_name(),
         cores=_cores(),
         cpu_features=_cpu_features(),
-        memory_gib=round(min(limit, memory.total) / GIB, 1),
-        memory_available_gib=round(min(limit, memory.available) / GIB, 1),
+        memory_gib=round(min(limit, ram.total) / GIB, 1),
+        memory_available_gib=round(min(limit, ram.available) / GIB, 1),
         disk_free_gib=round(shutil.disk_usage(folder or Path.cwd()).free / GIB, 1),
         gpus=_gpus(),
         torch=_version("torch"),
@@ -138,19 +139,18 @@ def machine(folder: Path | None = None) -> Machine:
 def needs(profile: Profile) -> Needs:
     """Estimated needs for training with ``profile``.
 
-    GPU memory is weights, gradients and optimizer states of what is trained, the logits in float32 with their softmax
-    and gradient, and 1.5 GiB for activations (recomputed by gradient checkpointing) and libraries. For the published
-    9B recipe this gives 21 GiB; 21.5 GiB was reported for it (zai-org/GLM-4, June 2024).
+    GPU memory is what ``memory.estimate`` gives for the profile's own setting on one GPU; for full fine-tuning, for two
+    GPUs that share it with ZeRO-3, both together.
     """
     if profile.name == "glm4-nano":
         return Needs(memory_gib=2, gpu_memory_gib=0, disk_gib=1)
-    parameters, vocabulary = _size(profile)
-    weights = parameters * 2 / GIB
-    training = profile.training
-    logits = training.per_device_batch_size * training.max_length * vocabulary * 4 * 3 / GIB
+    shape = memory.published_shape(profile)
+    sharing = {"gpus": 1} if profile.lora else {"gpus": 2, "zero_stage": 3}
+    each = memory.estimate(profile, memory.setting_of(profile, **sharing), shape).total_gib
+    weights = shape.parameters * 2 / GIB
     return Needs(
         memory_gib=8,
-        gpu_memory_gib=round(_weights_in_training(profile) + logits + 1.5),
+        gpu_memory_gib=round(each * sharing["gpus"], 1),
         disk_gib=round(weights * (1.2 if profile.lora else 3) + 1),
     )
 
@@ -264,23 +264,6 @@ def _version(package: str) -> str | None:
 
 
 # --- what a profile needs -------------------------------------------------------------------------------------------
-
-
-def _size(profile: Profile) -> tuple[int, int]:
-    """Parameters and vocabulary of the profile's base model."""
-    return (1_593_000_000, 59_264) if profile.name == "glm-edge-1.5b" else (9_399_951_360, 151_552)
-
-
-def _weights_in_training(profile: Profile) -> float:
-    """GiB for weights, gradients and AdamW states. A LoRA adapter's own share is too small to count."""
-    parameters, _ = _size(profile)
-    if profile.lora is None:
-        return parameters * 16 / GIB
-    if profile.quantization:
-        # Embedding and output layer stay in bfloat16; nf4 takes half a byte and its scales about a tenth of that.
-        kept = 2 * 151_552 * 4096
-        return (kept * 2 + (parameters - kept) * 0.55) / GIB
-    return parameters * 2 / GIB
 
 
 def _profile_check(here: Machine, name: str) -> Check:
@@ -400,8 +383,8 @@ def _gpus() -> tuple[Gpu, ...]:
     if torch.cuda.is_available():
         return tuple(_cuda_gpu(index) for index in range(torch.cuda.device_count()))
     if torch.backends.mps.is_available():
-        memory = torch.mps.recommended_max_memory() / GIB
-        return (Gpu(_cpu_name(), "mps", round(memory, 1), bfloat16=_macos_version() >= (14,)),)
+        size = torch.mps.recommended_max_memory() / GIB
+        return (Gpu(_cpu_name(), "mps", round(size, 1), bfloat16=_macos_version() >= (14,)),)
     return ()
 
 

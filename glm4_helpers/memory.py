@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import MachineError, SettingError
+from .errors import MachineError, ModelError, SettingError
 from .profiles import Profile
 
 GIB = 2**30
@@ -23,8 +23,8 @@ LIBRARY_BYTES = int(0.8 * GIB)
 LOGIT_COLUMNS, LOGIT_ROWS = 32_768, 4_096
 """Columns and rows of the logits that TRL 1.16 holds at a time (trl/kernels/chunked_logprob.py)."""
 
-BUCKET_ELEMENTS = 200_000_000
-"""reduce_bucket_size and allgather_bucket_size in configs/zero2.json and zero3.json."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default reduce_bucket_size (runtime/zero/config.py); configs/zero2.yaml and zero3.yaml leave it as it is."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ class Shape:
         return embeddings + biases + (self.layers * self.norms + 1) * self.hidden
 
     @property
+    def looked_up(self) -> int:
+        """Parameters of an embedding table that only single rows are read from; tied to lm_head there is none."""
+        return 0 if self.tied else self.vocabulary * self.hidden
+
+    @property
     def parameters(self) -> int:
         """All parameters."""
         return self.linear + self.kept
@@ -157,6 +162,30 @@ def shape_of(config: Any) -> Shape:
     )
 
 
+_GLM_4_9B = Shape(
+    vocabulary=151_552, hidden=4096, intermediate=13_696, layers=40, heads=32, query=4096, key=256, attention_bias=True,
+    tied=False, norms=2,
+)  # fmt: skip
+_PUBLISHED = {
+    "zai-org/glm-4-9b-hf": _GLM_4_9B,
+    "zai-org/GLM-4-9B-0414": dataclasses.replace(_GLM_4_9B, norms=4),
+    "zai-org/glm-edge-1.5b-chat": Shape(
+        vocabulary=59_264, hidden=2048, intermediate=6144, layers=28, heads=16, query=2048, key=512, attention_bias=False,
+        tied=False, norms=2,
+    ),
+}  # fmt: skip
+
+
+def published_shape(profile: Profile) -> Shape:
+    """The shape that the profile's model was published with, for a look at needs without loading any library.
+
+    Raises ModelError for a model that is not published under its own id.
+    """
+    if profile.hub_id not in _PUBLISHED:
+        raise ModelError(f"The shape of {profile.name} is not known here.", f"Known: {', '.join(_PUBLISHED)}.")
+    return _PUBLISHED[profile.hub_id]
+
+
 def setting_of(profile: Profile, **changes: Any) -> Setting:
     """The profile's own setting, with some fields changed; None leaves one, quantization "none" switches it off.
 
@@ -181,16 +210,15 @@ def setting_of(profile: Profile, **changes: Any) -> Setting:
 
 
 def estimate(profile: Profile, setting: Setting | None = None, config: Any = None) -> Estimate:
-    """The peak of memory on each device, part by part. ``config`` None takes the profile's model.
+    """The peak of memory on each device, part by part.
 
-    Raises ModelError where the model's shape is not known here.
+    ``config`` is a transformers config or a Shape; None takes the profile's model. Raises ModelError where the model's
+    shape is not known here.
     """
-    from .models import model_config
-
     setting = setting or setting_of(profile)
-    shape = shape_of(config or model_config(profile))
+    shape = config if isinstance(config, Shape) else _shape(profile, config)
     parts = (
-        *_weights(shape, setting),
+        *_weights(shape, setting, profile),
         *_trained(shape, setting, profile),
         _activations(shape, setting, profile),
         _logits(shape, setting),
@@ -198,6 +226,12 @@ def estimate(profile: Profile, setting: Setting | None = None, config: Any = Non
         *_constant(setting),
     )
     return Estimate(profile.name, setting, tuple(part for part in parts if part.bytes))
+
+
+def _shape(profile: Profile, config: Any) -> Shape:
+    from .models import model_config
+
+    return shape_of(config or model_config(profile))
 
 
 def largest_batch(profile: Profile, gib: float, setting: Setting | None = None, config: Any = None) -> int:
@@ -262,8 +296,17 @@ def format_estimate(result: Estimate, sources: bool = False) -> str:
 # The parts
 
 
-def _weights(shape: Shape, setting: Setting) -> Iterator[Part]:
+def _weights(shape: Shape, setting: Setting, profile: Profile) -> Iterator[Part]:
     shards = setting.gpus if setting.zero_stage == 3 else 1
+    if setting.quantization is None and setting.device == "cpu" and profile.lora is not None:
+        mapped = shape.parameters - shape.looked_up
+        yield Part(
+            "weights",
+            mapped * COMPUTE_BYTES,
+            f"({shape.parameters:,} parameters - {shape.looked_up:,} of the embedding table) x 2 bytes",
+            "safetensors maps the files into memory: a page is resident once it is read, and of the table few rows are",
+        )
+        return
     if setting.quantization is None:
         yield Part(
             "weights",
@@ -414,11 +457,12 @@ def _working(shape: Shape, setting: Setting, profile: Profile) -> Part:
 
 def _constant(setting: Setting) -> Iterator[Part]:
     if setting.zero_stage:
+        width = 4 if setting.zero_stage == 1 else COMPUTE_BYTES
         yield Part(
-            "communication buckets",
-            2 * BUCKET_ELEMENTS * COMPUTE_BYTES,
-            f"2 x {BUCKET_ELEMENTS:,} x 2 bytes",
-            "reduce_bucket_size and allgather_bucket_size of configs/",
+            "communication bucket",
+            BUCKET_ELEMENTS * width,
+            f"{BUCKET_ELEMENTS:,} x {width} bytes",
+            "a buffer of reduce_bucket_size, allocated whole, in float32 for ZeRO-1 (DeepSpeed 0.19, runtime/zero/)",
         )
     if setting.device == "gpu":
         yield Part("libraries", LIBRARY_BYTES, "0.8 GiB", "CUDA context and kernels: assumed, not measured here")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from glm4_helpers import environment
+from glm4_helpers import environment, memory
 from glm4_helpers.environment import Gpu, Machine
 from glm4_helpers.profiles import get_profile, profile_names
 
@@ -62,6 +62,13 @@ def test_the_estimates_agree_with_published_figures():
     assert environment.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib == pytest.approx(21531 / 1024, rel=0.1)
     assert 6.5 < environment.needs(get_profile("glm-4-9b-qlora")).gpu_memory_gib < 12
     assert environment.needs(get_profile("glm-4-9b-full")).gpu_memory_gib > 140
+
+
+def test_needs_are_the_estimate_of_memory():
+    for name in ("glm-4-9b-lora", "glm-4-9b-qlora", "glm-edge-1.5b"):
+        profile = get_profile(name)
+        estimated = memory.estimate(profile, config=memory.published_shape(profile)).total_gib
+        assert environment.needs(profile).gpu_memory_gib == pytest.approx(estimated, abs=0.05)
 
 
 def test_longer_rows_need_more_gpu_memory():

@@ -6,7 +6,7 @@ import pytest
 
 from glm4_helpers import memory
 from glm4_helpers.__main__ import main
-from glm4_helpers.errors import MachineError, SettingError
+from glm4_helpers.errors import MachineError, ModelError, SettingError
 from glm4_helpers.profiles import get_profile
 
 REAL = ("glm-4-9b-lora", "glm-4-9b-0414", "glm-edge-1.5b", "glm-4-9b-full")
@@ -24,6 +24,19 @@ def test_counted_parameters_are_those_of_the_model(name):
     profile = get_profile(name)
     model = models.meta_model(profile)
     assert memory.shape_of(model.config).parameters == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_shapes_are_those_of_the_configs(name):
+    from glm4_helpers import models
+
+    profile = get_profile(name)
+    assert memory.published_shape(profile) == memory.shape_of(models.model_config(profile))
+
+
+def test_a_model_of_unknown_shape_is_refused():
+    with pytest.raises(ModelError, match="glm4-nano is not known"):
+        memory.published_shape(get_profile("glm4-nano"))
 
 
 @pytest.mark.parametrize("name", ["glm-4-9b-lora", "glm-4-9b-0414", "glm-edge-1.5b"])
@@ -95,6 +108,14 @@ def test_the_9b_has_the_published_weights():
     assert parts["optimizer"] == 2 * parts["gradients"] == 8 * 5_406_720
 
 
+def test_of_mapped_weights_the_embedding_table_is_not_resident():
+    profile = get_profile("glm-4-9b-lora")
+    on_cpu = memory.estimate(profile, memory.setting_of(profile, device="cpu")).by_part()
+    assert on_cpu["weights"] == 2 * (9_399_951_360 - 151_552 * 4096)
+    full = get_profile("glm-4-9b-full")
+    assert memory.estimate(full, memory.setting_of(full, device="cpu")).by_part()["weights"] == 2 * 9_399_951_360
+
+
 def test_double_quantization_takes_the_published_bits():
     profile = get_profile("glm-4-9b-qlora")
     linear = memory.shape_of(small_config()).linear
@@ -111,6 +132,7 @@ def test_zero_divides_what_its_stage_names():
     assert [parts["weights"] for parts in stages] == [2 * count, 2 * count, count // 4]
     assert [parts["gradients"] for parts in stages] == [2 * count, count // 4, count // 4]
     assert [parts["optimizer"] for parts in stages] == [12 * count // 8] * 3
+    assert [parts["communication bucket"] for parts in stages] == [2_000_000_000, 1_000_000_000, 1_000_000_000]
 
 
 @pytest.mark.parametrize("gib", [20, 24, 40, 80])
