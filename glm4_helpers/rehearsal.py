@@ -27,7 +27,7 @@ SHARD_BYTES = 2 * GIB
 POOL = 16_777_213
 """Random numbers that weights are filled from, a prime so that no two rows of a matrix start alike."""
 
-ROWS, STEPS_BETWEEN, KILLED_AT, NEW_TOKENS = 6, 2, 3, 4
+ROWS, CHECKPOINT_AT, KILLED_IN, NEW_TOKENS = 3, 2, 3, 4
 STAGES = ("load", "train", "resume", "reload")
 
 
@@ -59,7 +59,7 @@ def rehearse(
     _check_folder(folder)
     setting = memory.setting_of(profile, batch_size=1, length=tokens, device="cpu")
     wanted = memory.require_memory(profile, _available_gib(), setting, config)
-    _check_disk(folder, config)
+    _check_disk(folder, profile, config)
     stages = []
     for name, act in (
         ("build", lambda: build(profile, folder, config, tokens)),
@@ -95,7 +95,7 @@ def build(profile: Profile, folder: Path, config: Any, tokens: int) -> dict[str,
     base = folder / profile.base_model
     base.mkdir(parents=True)
     (folder / "data").mkdir()
-    for name, count in (("train", ROWS), ("dev", 2)):
+    for name, count in (("train", ROWS), ("dev", 1)):
         rows = [_row(number, tokens) for number in range(count)]
         (folder / "data" / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
     tokenizer = stand_in_tokenizer(config)
@@ -112,10 +112,9 @@ def _row(number: int, tokens: int) -> dict[str, str]:
 
 def stand_in_tokenizer(config: Any):
     """A tokenizer with GLM-4's special tokens at their true ids and one token a byte; no merges, since none are here."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from . import chat_format
+    from .tokenizer_building import glm4_tokenizer
 
     first = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -124,20 +123,7 @@ def stand_in_tokenizer(config: Any):
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in chat_format.SPECIAL_TOKENS])
-    prefix = list(chat_format.PREFIX)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*prefix, "$A"],
-        pair=[*prefix, "$A", "$B"],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in prefix],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=chat_format.TERMINATOR,
-        pad_token=chat_format.TERMINATOR,
-        padding_side="left",
-        chat_template=chat_format.CHAT_TEMPLATE,
-    )
+    return glm4_tokenizer(tokenizer)
 
 
 def _write_weights(profile: Profile, config: Any, base: Path) -> int:
@@ -196,10 +182,11 @@ def _filled(names: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 def _in_process(stage: str, profile: Profile, folder: Path, tokens: int) -> dict[str, Any]:
     """Run a stage and return what it found. The stage "train" has to end by its own SIGKILL."""
     result = folder / f"{stage}.json"
+    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     job = {"stage": stage, "profile": profile.name, "tokens": tokens, "result": str(result)}
     finished = subprocess.run(
         [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({json.dumps(job)})"],
-        env={**os.environ, "GLM4_HOME": str(folder), "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        env={**os.environ, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )
@@ -235,14 +222,18 @@ class _Keeper:
 
 
 def _rehearsed(profile: Profile, tokens: int) -> Profile:
-    """The profile with a handful of rows and short answers; model, LoRA and precision stay as they are."""
+    """The profile with a handful of rows and one short answer; model, LoRA and precision stay as they are.
+
+    One question, since torch on a CPU copies lm_head for each one that is answered at the same time: generate takes the
+    last position only, and torch.matmul does not fold such a slice (should_fold in ATen's LinearAlgebra.cpp).
+    """
     few = dataclasses.replace(
         profile.training, epochs=1, per_device_batch_size=1, evaluation_batch_size=1, gradient_accumulation_steps=1,
-        max_length=tokens, evaluations_per_run=ROWS // STEPS_BETWEEN,
+        max_length=tokens, evaluations_per_run=-(-ROWS // CHECKPOINT_AT),
     )  # fmt: skip
     return dataclasses.replace(
         profile, training=few, train_data="data/train.json", dev_data="data/dev.json", test_data=None,
-        sample_prompts=("a?",), max_new_tokens=NEW_TOKENS,
+        sample_prompts=(), max_new_tokens=NEW_TOKENS,
     )  # fmt: skip
 
 
@@ -269,11 +260,11 @@ def _train(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     from . import training
 
     class Kill(TrainerCallback):
-        """Ends the process as a machine that goes down would."""
+        """Ends the process as a machine that goes down would: in the middle of a step, with its gradients there."""
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == KILLED_AT:
-                keep({"killed_at_step": KILLED_AT})
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step + 1 == KILLED_IN:
+                keep({"killed_in_step": KILLED_IN})
                 os.kill(os.getpid(), signal.SIGKILL)
 
     training.train(profile, tracking_mode="disabled", callbacks=[Kill()])
@@ -284,7 +275,7 @@ def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     from . import training
 
     result = training.train(profile, tracking_mode="disabled")
-    _require(result.resumed_from == STEPS_BETWEEN, f"training went on from step {result.resumed_from}")
+    _require(result.resumed_from == CHECKPOINT_AT, f"training went on from step {result.resumed_from}")
     steps = max(row["step"] for row in result.log_history)
     _require(steps == ROWS, f"training ended after step {steps}")
     return {"resumed_from": result.resumed_from, "steps": steps, "final_loss": result.final_loss, "seconds": result.seconds}
@@ -295,11 +286,14 @@ def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
 
     from . import generation, models, training
 
+    trained = training.default_adapter_dir(profile)
+    if profile.lora is None:
+        profile = dataclasses.replace(profile, base_model=str(trained))
     tokenizer = models.load_tokenizer(profile)
     found: dict[str, Any] = {}
     model = models.load_base_model(profile)
     if profile.lora is not None:
-        model = models.load_adapter(model, training.default_adapter_dir(profile), profile)
+        model = models.load_adapter(model, trained, profile)
         found["adapter_modules"] = model.config.num_hidden_layers * len(profile.lora.target_modules)
         ids = torch.tensor([tokenizer("a?")["input_ids"]])
         with torch.no_grad():
@@ -357,9 +351,11 @@ def _check_folder(folder: Path) -> None:
         raise SettingError(f"{folder} is not empty; nothing was overwritten.", "Give another folder, or empty it.")
 
 
-def _check_disk(folder: Path, config: Any) -> None:
+def _check_disk(folder: Path, profile: Profile, config: Any) -> None:
+    """The base model; without LoRA also two checkpoints with AdamW's two states, and the trained model."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    needed, free = memory.shape_of(config).parameters * 2 * 1.05 + GIB, shutil.disk_usage(existing).free
+    copies = 1 if profile.lora else 1 + 2 * 3 + 1
+    needed, free = memory.shape_of(config).parameters * 2 * 1.05 * copies + GIB, shutil.disk_usage(existing).free
     if needed > free:
         raise MachineError(
             f"The rehearsal needs {needed / GIB:.1f} GiB of disk space; {free / GIB:.1f} GiB are free in {existing}.",

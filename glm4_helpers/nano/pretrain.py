@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from glm4_helpers.chat_format import CHAT_TEMPLATE, SPECIAL_TOKENS, stop_ids
+from glm4_helpers.chat_format import stop_ids
 from glm4_helpers.errors import ModelError
+from glm4_helpers.tokenizer_building import glm4_tokenizer
 
 
 def build_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -31,23 +32,8 @@ def build_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate(bytes_first + sorted(set(characters)))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    prefix = ["[gMASK]", "<sop>"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*prefix, "$A"],
-        pair=[*prefix, "$A", "$B"],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in prefix],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token != "<|endoftext|>"],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        chat_template=CHAT_TEMPLATE,
-    )
+    return glm4_tokenizer(tokenizer)
+
 
 @dataclass(frozen=True)
 class PretrainingSettings:
