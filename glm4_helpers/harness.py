@@ -101,6 +101,8 @@ def _percent(figures: Mapping[str, Any]) -> str:
 
 
 def _task_manager(task_folder: Path | None) -> TaskManager:
+    if task_folder is not None and not task_folder.is_dir():
+        raise DataError(f"There is no folder {task_folder}.", "Give a folder with YAML files of tasks.")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -108,8 +110,6 @@ def _task_manager(task_folder: Path | None) -> TaskManager:
             "The package lm-eval, which holds the public benchmarks, is not installed.",
             'Run: python -m pip install -e ".[evaluation]"',
         ) from error
-    if task_folder is not None and not task_folder.is_dir():
-        raise DataError(f"There is no folder {task_folder}.", "Give a folder with YAML files of tasks.")
     return TaskManager(include_path=str(task_folder) if task_folder else None)
 
 
