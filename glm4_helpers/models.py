@@ -96,6 +96,8 @@ def load_base_model(
     _check_loaded(found, folder, profile)
     set_stop_ids(model, load_tokenizer(profile))
     model.generation_config.max_length = None  # chat models ship one, and transformers warns at every answer
+    if profile.quantization is not None and device.type == "cpu":
+        _keep_trainable(model)
     return model.eval() if profile.quantization is not None else model.to(device).eval()
 
 
@@ -197,6 +199,16 @@ def _quantization(profile: Profile) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """Switch off what bitsandbytes 0.50 does on a CPU with AVX512-BF16 at the first answer or evaluation.
+
+    Linear4bit.forward then repacks its weights for a kernel that has no backward pass, and training can't go on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _computes_bfloat16() -> bool:

@@ -1,12 +1,10 @@
-"""Rehearsals at true widths with one or two layers, and what they refuse before they start.
-
-GLM-Edge runs at its full vocabulary; the 9B's slices take minutes and are left to the command itself.
-"""
+"""Rehearsals of two layers at true widths and vocabulary, and what a rehearsal refuses before it starts."""
 
 import hashlib
 import json
 
 import pytest
+from optional_packages import python_path
 
 from glm4_helpers import chat_format, memory, models, rehearsal
 from glm4_helpers.__main__ import main
@@ -27,21 +25,31 @@ def rehearse(capsys, folder, profile, layers, *options):
     return {stage["name"]: stage for stage in json.loads(printed.out)["stages"]}
 
 
+SLICES = {"glm-edge-1.5b": 3, "glm-4-9b-lora": 6, "glm-4-9b-qlora": 6, "glm-4-9b-0414": 6, "glm-4-9b-full": 19}
+"""Profiles with the memory in GiB that has to be free for their first two layers and their vocabulary."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("profile", "layers"), [("glm-edge-1.5b", 2)])
-def test_the_whole_path_is_walked(tmp_path, capsys, profile, layers):
-    if rehearsal._available_gib() < 6:
-        pytest.skip("less than 6 GiB of memory are free")
-    stages = rehearse(capsys, tmp_path / "rehearsal", profile, layers)
+@pytest.mark.parametrize("name", SLICES)
+def test_the_whole_path_is_walked(tmp_path, capsys, monkeypatch, report, name):
+    profile = get_profile(name)
+    if rehearsal._available_gib() < SLICES[name]:
+        pytest.skip(f"less than {SLICES[name]} GiB of memory are free")
+    if profile.quantization:
+        monkeypatch.setenv("PYTHONPATH", python_path("bitsandbytes"))
+    stages = rehearse(capsys, tmp_path / "rehearsal", name, 2, "--tokens", "64")
     assert list(stages) == ["build", *rehearsal.STAGES]
-    shape = memory.shape_of(rehearsal.model_config(get_profile(profile), layers))
+    shape = memory.shape_of(rehearsal.model_config(profile, 2))
     assert stages["load"]["found"]["parameters"] == shape.parameters
-    assert stages["train"]["found"] == {"killed_at_step": 3}
-    assert stages["resume"]["found"]["resumed_from"] == 2 and stages["resume"]["found"]["steps"] == 6
-    assert stages["reload"]["found"]["adapter_modules"] == layers * 3
-    assert stages["reload"]["found"]["adapter_effect"] > 0 and stages["reload"]["found"]["streamed"]
-    for name in ("train", "resume"):
-        print(f"{profile} {name}: {stages[name]['peak_gib']} GiB measured, {stages[name]['estimate_gib']:.2f} estimated")
+    assert stages["train"]["found"] == {"killed_in_step": 3}
+    assert stages["resume"]["found"]["resumed_from"] == 2 and stages["resume"]["found"]["steps"] == 3
+    if profile.lora:
+        assert stages["reload"]["found"]["adapter_modules"] == 2 * 3
+        assert stages["reload"]["found"]["adapter_effect"] > 0
+    assert stages["reload"]["found"]["streamed"]
+    shown = [f"{stage['name']} {stage['seconds']:.0f} s {stage['peak_gib']:.2f} GiB" for stage in stages.values()]
+    guess = stages["train"]["estimate_gib"]
+    report("Rehearsals of two layers (training estimated)", f"{name} ({guess:.2f} GiB): {', '.join(shown)}")
     assert not (tmp_path / "rehearsal").exists()
 
 
