@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import memory
-from .errors import CourseError
+from .errors import CourseError, MachineError
 from .paths import home
 from .profiles import Profile, get_profile, profile_names
 
@@ -153,6 +153,39 @@ def needs(profile: Profile) -> Needs:
         gpu_memory_gib=round(each * sharing["gpus"], 1),
         disk_gib=round(weights * (1.2 if profile.lora else 3) + 1),
     )
+
+
+def require_room(profile: Profile, folder: Path, length: int, processes: int = 1, zero_stage: int = 0) -> None:
+    """Raise MachineError, with the numbers and the nearest setting that fits, where a training can't have its memory
+    or its disk space. ``length`` is that of the longest row in tokens; ``folder`` is where checkpoints go."""
+    from .models import default_device, model_config
+
+    on_gpu = default_device().type == "cuda"
+    here = machine(next(parent for parent in (folder, *folder.parents) if parent.exists()))
+    shape = memory.shape_of(model_config(profile))
+    disk = _checkpoint_gib(profile, shape)
+    if disk > here.disk_free_gib:
+        raise MachineError(
+            f"The checkpoints of {profile.name} need about {disk:.1f} GiB; {here.disk_free_gib:.1f} GiB are free for {folder}.",
+            "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
+        )
+    setting = memory.setting_of(
+        profile, length=length, gpus=processes, zero_stage=zero_stage, device="gpu" if on_gpu else "cpu"
+    )
+    memory.require_memory(profile, _free_gib() if on_gpu else here.memory_available_gib / processes, setting, shape)
+
+
+def _checkpoint_gib(profile: Profile, shape: memory.Shape) -> float:
+    """Trained weights with AdamW's two states: LoRA keeps every checkpoint, in float32; else the newest two stay."""
+    if profile.lora:
+        return memory.lora_parameters(shape, profile) * 4 * 3 * (profile.training.evaluations_per_run + 1) / GIB
+    return shape.parameters * 2 * (2 * 3 + 1) / GIB
+
+
+def _free_gib() -> float:
+    import torch
+
+    return torch.cuda.mem_get_info()[0] / GIB
 
 
 def doctor(profile: Profile | None = None) -> Report:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
+import os
 import re
 import shutil
 import warnings
@@ -41,7 +42,7 @@ from .callbacks import (
     write_json,
 )
 from .datasets import encode_rows, fingerprint, load_messages, split
-from .environment import machine
+from .environment import machine, require_room
 from .errors import CourseError, SettingError
 from .paths import home, outputs_dir
 from .profiles import Profile, profile_settings
@@ -304,7 +305,8 @@ def train(
     An unfinished run of the same settings, rows, base and versions goes on from its newest complete checkpoint and
     ends as if it had never stopped; ``resume=False`` starts anew. An adapter that is already there stays until the new
     one is whole. Raises SettingError where another process trains into the same folder or the unfinished run there is
-    of other settings, DataError and ModelError for rows or weights that are absent or don't fit.
+    of other settings, DataError and ModelError for rows or weights that are absent or don't fit, MachineError for too
+    little memory or disk space.
     """
     _join_processes()
     tracking.check_mode(tracking_mode)
@@ -317,8 +319,16 @@ def train(
     with _sole_use(output), _without_known_warnings():
         rows = _rows(profile, tokenizer, *messages)  # before anything of an earlier run is removed
         facts = _facts(profile, *messages)
+        _require_room(profile, output, rows)
         start = _shared(lambda: _start(profile, output / "checkpoints", facts, resume))
         return _train(profile, output, tokenizer, rows, facts, start, tracking_mode, callbacks)
+
+
+def _require_room(profile: Profile, output: Path, rows: _Rows) -> None:
+    """Raise MachineError before anything is written where memory or disk are too small for this run."""
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")  # set by accelerate launch
+    longest = max(len(ids) for ids in rows.train["input_ids"])
+    require_room(profile, output, longest, PartialState().num_processes, int(stage))
 
 
 def train_or_load(

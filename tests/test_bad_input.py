@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
 from transformers import TrainerCallback
 
-from glm4_helpers import export, generation, models, training
+from glm4_helpers import environment, export, generation, models, training
 from glm4_helpers.__main__ import main
 from glm4_helpers.errors import CourseError
 from glm4_helpers.profiles import get_profile
@@ -459,6 +459,20 @@ def _(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     return command("export", "--adapter", folder / "adapter", "--output", folder / "exported")
+
+
+@case("training with too little memory", "glm4-nano with batch 8", "0.0 GiB are there", "smaller profile")
+def _(folder, monkeypatch):
+    found = environment.machine()
+    monkeypatch.setattr(environment, "machine", lambda folder=None: replace(found, memory_available_gib=0.0))
+    return train("--output", folder / "results")
+
+
+@case("training with too little disk space", "checkpoints of glm4-nano", "GiB are free", "--output")
+def _(folder, monkeypatch):
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    return train("--output", folder / "results")
 
 
 @case("SwanLab's cloud without a key", "API key", "swanlab login", "offline")
