@@ -1,8 +1,9 @@
 """Measured peaks of training at true shapes on a CPU beside the estimates of `memory`; writes memory.json and memory.md.
 
-    python benchmarks/memory.py                      the small cases
-    python benchmarks/memory.py glm-4-9b-lora:40     one case: profile:layers, optionally :tokens
+    python benchmarks/memory.py                                   the small cases
+    python benchmarks/memory.py glm-4-9b-lora:40:256:1:on:path    one case, with every stage of the path
 
+A case is profile:layers:tokens:rows a step:checkpointing (on, off), and :path where all stages are to be walked.
 Results are kept by case, so that a large one can be measured alone, when the machine has the memory to spare.
 """
 
@@ -21,28 +22,34 @@ from glm4_helpers.errors import CourseError
 from glm4_helpers.profiles import get_profile
 
 HERE = Path(__file__).parent
-CASES = ("glm-edge-1.5b:2", "glm-edge-1.5b:28", "glm-4-9b-lora:2", "glm-4-9b-lora:2:1024", "glm-4-9b-qlora:2")
+CASES = (
+    *(f"glm-edge-1.5b:{layers}:{tokens}:{rows}:{checkpointing}"
+      for layers in (2, 4) for tokens in (64, 256, 512) for rows in (1, 2) for checkpointing in ("on", "off")),
+    "glm-4-9b-lora:2:64:1:on", "glm-4-9b-lora:2:256:1:on", "glm-4-9b-lora:2:512:2:off", "glm-4-9b-lora:4:256:1:on",
+    "glm-4-9b-0414:2:256:1:on", "glm-4-9b-qlora:2:256:1:on:path",
+)  # fmt: skip
 
 
 def measure(case: str) -> dict:
-    """One case: every stage of a rehearsal, and the estimate with its parts."""
-    name, layers, *tokens = case.split(":")
-    profile, length = get_profile(name), int(tokens[0]) if tokens else 256
+    """One case: the stages of a rehearsal, and the estimate with its parts."""
+    name, layers, tokens, rows, checkpointing, *path = case.split(":")
+    profile = get_profile(name, **{"training.gradient_checkpointing": checkpointing == "on"})
+    stages = rehearsal.STAGES if path else ("train",)
     folder = Path(tempfile.mkdtemp(prefix="glm4-memory-")) / "course"
     try:
-        stages = rehearsal.rehearse(profile, folder, int(layers), length, print)
+        walked = rehearsal.rehearse(profile, folder, int(layers), int(tokens), print, int(rows), stages)
     finally:
         shutil.rmtree(folder.parent)
-    setting = memory.setting_of(profile, batch_size=1, length=length, device="cpu")
+    setting = memory.setting_of(profile, batch_size=int(rows), length=int(tokens), device="cpu")
     estimated = memory.estimate(profile, setting, rehearsal.model_config(profile, int(layers)))
-    peak = max(stage.peak_gib for stage in stages if stage.name in ("train", "resume"))
+    peak = max(stage.peak_gib for stage in walked if stage.name in ("train", "resume"))
     return {
         "machine": str(machine()),
         "measured_gib": peak,
         "estimated_gib": round(estimated.total_gib, 2),
         "error": round(estimated.total_gib / peak - 1, 3),
         "parts_gib": {part: round(size / memory.GIB, 3) for part, size in estimated.by_part().items()},
-        "stages": [asdict(stage) for stage in stages],
+        "stages": [asdict(stage) for stage in walked],
     }
 
 
@@ -52,10 +59,10 @@ def table(results: dict[str, dict]) -> str:
     lines = [
         "# Memory of training: measured on a CPU, and estimated",
         "",
-        "Random weights at the true shape, one row a step, gradient checkpointing, resident memory above what the imports",
-        "take, memory-mapped weights counted. Written by `python benchmarks/memory.py`.",
+        "LoRA on random weights of the true shape: resident memory above what the imports take, memory-mapped weights",
+        "counted. A case is profile:layers:tokens:rows a step:checkpointing. Written by `python benchmarks/memory.py`.",
         "",
-        "| profile:layers:tokens | measured GiB | estimated GiB | off by |",
+        "| case | measured GiB | estimated GiB | off by |",
         "|---|---:|---:|---:|",
     ]
     for case, result in results.items():

@@ -48,30 +48,32 @@ def rehearse(
     layers: int | None = None,
     tokens: int = 256,
     report: Callable[[Stage], None] = lambda stage: None,
+    batch_size: int = 1,
+    stages: tuple[str, ...] = STAGES,
 ) -> list[Stage]:
     """Walk the whole path in `folder`, which must be empty or absent and is left behind for a look.
 
-    `layers` None means all. Each stage is handed to `report` when it is done. Raises MachineError for too little memory
+    `layers` None means all. `stages` are those that follow the building, in their order. Each stage is handed to `report` when it is done. Raises MachineError for too little memory
     or disk before anything is written, and CourseError for the first stage that goes wrong.
     """
     config = model_config(profile, layers)
     folder = Path(folder).resolve()
     _check_folder(folder)
-    setting = memory.setting_of(profile, batch_size=1, length=tokens, device="cpu")
+    setting = memory.setting_of(profile, batch_size=batch_size, length=tokens, device="cpu")
     wanted = memory.require_memory(profile, _available_gib(), setting, config)
     _check_disk(folder, profile, config)
-    stages = []
+    done = []
     for name, act in (
-        ("build", lambda: build(profile, folder, config, tokens)),
-        *((name, lambda name=name: _in_process(name, profile, folder, tokens)) for name in STAGES),
+        ("build", lambda: build(profile, folder, config, tokens, ROWS * batch_size)),
+        *((name, lambda name=name: _in_process(name, profile, folder, tokens, batch_size)) for name in stages),
     ):
         started = time.monotonic()
         found = act()
         peak = found.pop("peak_gib")
         guess = wanted.total_gib if name in ("train", "resume") else None
-        stages.append(Stage(name, round(time.monotonic() - started, 1), round(peak, 2), guess, found))
-        report(stages[-1])
-    return stages
+        done.append(Stage(name, round(time.monotonic() - started, 1), round(peak, 2), guess, found))
+        report(done[-1])
+    return done
 
 
 def model_config(profile: Profile, layers: int | None = None) -> Any:
@@ -90,14 +92,14 @@ def model_config(profile: Profile, layers: int | None = None) -> Any:
 # Building
 
 
-def build(profile: Profile, folder: Path, config: Any, tokens: int) -> dict[str, Any]:
+def build(profile: Profile, folder: Path, config: Any, tokens: int, rows: int = ROWS) -> dict[str, Any]:
     """Write model, tokenizer and rows into a course folder; the same bytes each time."""
     base = folder / profile.base_model
     base.mkdir(parents=True)
     (folder / "data").mkdir()
-    for name, count in (("train", ROWS), ("dev", 1)):
-        rows = [_row(number, tokens) for number in range(count)]
-        (folder / "data" / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    for name, count in (("train", rows), ("dev", 1)):
+        made = [_row(number, tokens) for number in range(count)]
+        (folder / "data" / f"{name}.json").write_text(json.dumps(made), encoding="utf-8")
     tokenizer = stand_in_tokenizer(config)
     tokenizer.save_pretrained(base)
     files = _write_weights(profile, config, base)
@@ -179,13 +181,16 @@ def _filled(names: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 # Stages, each in a process of its own
 
 
-def _in_process(stage: str, profile: Profile, folder: Path, tokens: int) -> dict[str, Any]:
+def _in_process(stage: str, profile: Profile, folder: Path, tokens: int, batch_size: int) -> dict[str, Any]:
     """Run a stage and return what it found. The stage "train" has to end by its own SIGKILL."""
     result = folder / f"{stage}.json"
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    job = {"stage": stage, "profile": profile.name, "tokens": tokens, "result": str(result)}
+    job = {
+        "stage": stage, "profile": profile.name, "tokens": tokens, "batch_size": batch_size, "result": str(result),
+        "checkpointing": profile.training.gradient_checkpointing,
+    }  # fmt: skip
     finished = subprocess.run(
-        [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({json.dumps(job)})"],
+        [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({job!r})"],
         env={**os.environ, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -204,7 +209,8 @@ def work(job: dict[str, Any]) -> None:
 
     from . import generation, training  # noqa: F401
 
-    profile = _rehearsed(get_profile(job["profile"]), job["tokens"])
+    chosen = get_profile(job["profile"], **{"training.gradient_checkpointing": job["checkpointing"]})
+    profile = _rehearsed(chosen, job["tokens"], job["batch_size"])
     baseline = _reset_peak()
     keep = _Keeper(Path(job["result"]), baseline)
     keep({"load": _load, "train": _train, "resume": _resume, "reload": _reload}[job["stage"]](profile, keep))
@@ -221,14 +227,14 @@ class _Keeper:
         self.file.write_text(json.dumps({**found, "peak_gib": peak}), encoding="utf-8")
 
 
-def _rehearsed(profile: Profile, tokens: int) -> Profile:
+def _rehearsed(profile: Profile, tokens: int, batch_size: int) -> Profile:
     """The profile with a handful of rows and one short answer; model, LoRA and precision stay as they are.
 
     One question, since torch on a CPU copies lm_head for each one that is answered at the same time: generate takes the
     last position only, and torch.matmul does not fold such a slice (should_fold in ATen's LinearAlgebra.cpp).
     """
     few = dataclasses.replace(
-        profile.training, epochs=1, per_device_batch_size=1, evaluation_batch_size=1, gradient_accumulation_steps=1,
+        profile.training, epochs=1, per_device_batch_size=batch_size, evaluation_batch_size=1, gradient_accumulation_steps=1,
         max_length=tokens, evaluations_per_run=-(-ROWS // CHECKPOINT_AT),
     )  # fmt: skip
     return dataclasses.replace(
