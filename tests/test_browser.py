@@ -339,7 +339,9 @@ def rerun_chat_cell(page) -> None:
     cell = page.locator(".jp-CodeCell").filter(has=page.get_by_label("Message", exact=True))
     before = cell.locator(".jp-InputPrompt").text_content()
     cell.locator(".jp-InputPrompt").click()
-    page.keyboard.press("Control+Enter")
+    # By the menu: a shortcut would go to the message box where that still has the focus.
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run Selected Cell and Do not Advance").click()
     prompt = page.locator(".jp-CodeCell.jp-mod-active .jp-InputPrompt")
     wait_in_notebook(
         page, lambda: prompt.text_content() != before and re.search(r"\[\d+\]", prompt.text_content()), "the cell's end"
