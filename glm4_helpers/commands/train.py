@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     profile = chosen_profile(arguments, **{"training.seed": arguments.seed})
     from ..training import train_or_load
 
+    from accelerate import PartialState
+
     result = train_or_load(
         profile,
         force=arguments.force,
@@ -44,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         tracking_mode=arguments.tracking,
     )
     show(arguments, figures(result), summary(result))
+    # Left open, its threads can abort a process that is already done ("terminate called without an active exception").
+    PartialState().destroy_process_group()
     return 0
 
 
