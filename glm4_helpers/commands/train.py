@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     profile = chosen_profile(arguments, **{"training.seed": arguments.seed})
-    from ..training import train_or_load
-
     from accelerate import PartialState
+
+    from ..training import train_or_load
 
     result = train_or_load(
         profile,
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     show(arguments, figures(result), summary(result))
     # Left open, its threads can abort a process that is already done ("terminate called without an active exception").
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
     return 0
 
