@@ -151,8 +151,9 @@ def test_install_uses_the_constraints_and_nothing_the_second_time(recorded_insta
     first = make(folder, "install", f"PYTHON={python}")
     assert first.returncode == 0, first.stderr
     asked = log.read_text().splitlines()
-    assert len(asked) == 1
-    assert "--constraint constraints.txt --editable .[test]" in asked[0]
+    course, *apart = asked  # on Linux a second call puts DeepSpeed and bitsandbytes into a folder of their own
+    assert "--constraint constraints.txt --editable .[test]" in course
+    assert all("--no-deps --constraint constraints.txt --target .venv/" in call for call in apart)
     assert make(folder, "install").returncode == 0
     assert log.read_text().splitlines() == asked
 
@@ -170,9 +171,9 @@ def test_torch_can_come_from_another_index_alone(recorded_install, index, addres
     folder, python, log = recorded_install
     # Given as a variable of the environment or of make, it is the same.
     assert make(folder, "install", f"PYTHON={python}", TORCH_INDEX=index).returncode == 0
-    torch, rest = log.read_text().splitlines()
+    torch, *rest = log.read_text().splitlines()
     assert torch.endswith("torch") and f"--index-url {address}" in torch and "--constraint constraints.txt" in torch
-    assert "index-url" not in rest
+    assert rest and not any("index-url" in call for call in rest)
 
 
 @needs_make

@@ -47,23 +47,23 @@ def course(tmp_path_factory):
     return folder
 
 
-def command(config, *options):
+def command(config, *options, python=sys.executable):
     settings = [part for pair in SETTINGS for part in ("--set", pair)]
     training = ["-m", "glm4_helpers", "train", "--tracking", "disabled", *settings, *options]
     if config is None:
-        return [sys.executable, *training]
+        return [python, *training]
     port = str(random.randint(20_000, 60_000))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    launch = [python, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     return [*launch, "--main_process_port", port, *training]
 
 
-def train(course, config, *options, environment=None):
+def train(course, config, *options, environment=None, python=sys.executable):
     """A run's training.json and what it printed; BATCH is rows a step over all processes."""
     processes = 1 if config is None else 2
     output = course / "outputs" / (config or "one")
     size = f"training.per_device_batch_size={BATCH // processes}"
     finished = subprocess.run(
-        command(config, "--output", str(output), "--set", size, *options),
+        command(config, "--output", str(output), "--set", size, *options, python=python),
         cwd=ROOT,
         env={**os.environ, "GLM4_HOME": str(course), "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True, text=True, timeout=900,
@@ -74,12 +74,22 @@ def train(course, config, *options, environment=None):
 
 
 @pytest.fixture(scope="module")
-def deepspeed_env(tmp_path_factory):
-    """Environment of a run with DeepSpeed. A fresh folder for what it compiles: the lock of a killed run would hang it."""
+def with_deepspeed(tmp_path_factory):
+    """What a run with DeepSpeed gets beside its own options: the Python and the environment.
+
+    DeepSpeed compiles a part of itself with torch's tools, which fail where torch lies in a folder with a space in its
+    name: so Python is started through a link. A fresh folder for what is compiled: the lock of a killed run would hang it.
+    """
+    environment = python_path("deepspeed")
+    link = tmp_path_factory.mktemp("python") / "venv"
+    link.symlink_to(sys.prefix)
     return {
-        "PYTHONPATH": python_path("deepspeed"),
-        "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
-        "DS_ACCELERATOR": "cpu",
+        "python": str(link / "bin" / Path(sys.executable).name),
+        "environment": {
+            "PYTHONPATH": environment.replace(sys.prefix, str(link)),
+            "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
+            "DS_ACCELERATOR": "cpu",
+        },
     }
 
 
@@ -95,8 +105,7 @@ def one_process(course):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", KINDS)
 def test_two_processes_learn_what_one_does(course, one_process, config, request, report):
-    environment = request.getfixturevalue("deepspeed_env") if "zero" in config else None
-    record, printed = train(course, config, environment=environment)
+    record, printed = train(course, config, **(request.getfixturevalue("with_deepspeed") if "zero" in config else {}))
     assert record["distributed_type"] == KINDS[config]
     assert record["facts"]["processes"] == 2
     one, two = losses(one_process), losses(record)
@@ -108,12 +117,12 @@ def test_two_processes_learn_what_one_does(course, one_process, config, request,
 
 
 @pytest.mark.slow
-def test_the_adapter_of_zero3_is_whole_and_live(course, one_process, deepspeed_env):
+def test_the_adapter_of_zero3_is_whole_and_live(course, one_process, with_deepspeed):
     import torch
     from safetensors.torch import load_file
 
     if not (course / "outputs" / "cpu_zero3" / "adapter").exists():
-        train(course, "cpu_zero3", environment=deepspeed_env)
+        train(course, "cpu_zero3", **with_deepspeed)
     one, two = (load_file(course / "outputs" / run / "adapter" / "adapter_model.safetensors") for run in ("one", "cpu_zero3"))
     assert one.keys() == two.keys()
     for name in one:
