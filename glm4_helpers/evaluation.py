@@ -159,8 +159,8 @@ def _answers_by_length(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Answers in order; rows with a short reference get a limit of 64 tokens, so that a base model, which never
-    stops, does not cost minutes. No right answer of theirs comes near it."""
+    """Answers in order; rows with a short reference get a limit of 64 tokens, so that a base model, which goes
+    on for a hundred or more, does not cost minutes. No right answer of theirs comes near it. Stop rates are within it."""
     references = [messages[-1]["content"] for messages in conversations]
     lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]]
     given: dict[int, Answer] = {}
