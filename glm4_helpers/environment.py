@@ -143,7 +143,7 @@ def needs(profile: Profile) -> Needs:
     GPUs that share it with ZeRO-3, both together.
     """
     if profile.name == "glm4-nano":
-        return Needs(memory_gib=2, gpu_memory_gib=0, disk_gib=1)
+        return Needs(memory_gib=3, gpu_memory_gib=0, disk_gib=1)
     shape = memory.published_shape(profile)
     sharing = {"gpus": 1} if profile.lora else {"gpus": 2, "zero_stage": 3}
     each = memory.estimate(profile, memory.setting_of(profile, **sharing), shape).total_gib

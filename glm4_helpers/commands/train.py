@@ -14,7 +14,7 @@ examples:
   python -m glm4_helpers train                              again: goes on, or says that it is done
   python -m glm4_helpers train --force                      from the start, whatever is there
   python -m glm4_helpers train --set training.epochs=1 --set lora.r=16 --output outputs/short
-  python -m glm4_helpers train --config configs/my.yaml --tracking cloud"""
+  python -m glm4_helpers train --config configs/train_nano.yaml --tracking cloud"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
