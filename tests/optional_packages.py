@@ -11,10 +11,11 @@ APART = Path(sys.prefix) / "packages-for-tests"
 
 
 def python_path(package):
-    """PYTHONPATH for a process that needs the package; skips the test where it is not installed."""
+    """PYTHONPATH for a process that needs the package. Without it the test fails where CI requires it, else is skipped."""
     paths = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     if (APART / package).is_dir():
         return os.pathsep.join([*paths, str(APART)])
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed; .ci/install puts it into {APART}")
+        absent = pytest.fail if os.environ.get("GLM4_REQUIRE_PACKAGES") == "1" else pytest.skip
+        absent(f"{package} is not installed; .ci/install puts it into {APART}")
     return os.pathsep.join(paths)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import save_model, tiny_glm, tiny_tokenizer
+from tiny_models import save_live_adapter, save_model, tiny_glm, tiny_tokenizer
 
 from glm4_helpers import chat_format, evaluation, models, training
 from glm4_helpers.__main__ import main
@@ -153,12 +152,7 @@ def free_text_course(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLM4_HOME", str(folder))
         profile = free_text_profile()
-        model = get_peft_model(models.load_base_model(profile), training.lora_config(profile))
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.2)
-        model.save_pretrained(folder / "adapter")
-        models.save_adapter_facts(folder / "adapter", profile)
+        save_live_adapter(folder / "adapter", profile, std=0.2)
     return folder
 
 

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import save_model, tiny_glm, tiny_tokenizer
+from tiny_models import save_live_adapter, save_model, tiny_glm, tiny_tokenizer
 
-from glm4_helpers import harness, models, training
+from glm4_helpers import harness
 from glm4_helpers.__main__ import main
 from glm4_helpers.errors import DataError, MachineError
 from glm4_helpers.profiles import get_profile
@@ -40,12 +39,7 @@ def course(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     save_model(tmp_path / "weights" / "glm-4-9b-hf", tiny_glm(tokenizer).to(torch.bfloat16), tokenizer)
     profile = get_profile("glm-4-9b-lora")
-    model = get_peft_model(models.load_base_model(profile), training.lora_config(profile))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=1.0)
-    model.save_pretrained(tmp_path / "adapter")
-    models.save_adapter_facts(tmp_path / "adapter", profile)
+    save_live_adapter(tmp_path / "adapter", profile, std=1.0)
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "questions.json").write_text(json.dumps(QUESTIONS, ensure_ascii=False), encoding="utf-8")
     task = TASK.format(data=tmp_path / "tasks" / "questions.json")

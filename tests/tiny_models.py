@@ -1,9 +1,10 @@
 """A random GLM of a few thousand parameters with its tokenizer, for tests that need a real model but no knowledge."""
 
 import torch
+from peft import get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 
-from glm4_helpers import chat_format, models
+from glm4_helpers import chat_format, models, training
 from glm4_helpers.nano.pretrain import build_tokenizer
 
 CHARACTERS = "你好苹果香蕉西瓜天地人一二三四五六七八九十中国北京上海告诉我的名字等于多少？。，：！0123456789+=abcxyz \n"
@@ -48,3 +49,13 @@ def save_model(folder, model, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_live_adapter(folder, profile, std):
+    """An adapter for the profile's base model that changes its answers, as if it had been trained: B is random."""
+    model = get_peft_model(models.load_base_model(profile), training.lora_config(profile))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=std)
+    model.save_pretrained(folder)
+    models.save_adapter_facts(folder, profile)
