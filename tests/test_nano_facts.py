@@ -28,7 +28,7 @@ def test_words_translate_one_to_one():
 def test_words_have_the_stated_form():
     for chinese, english in all_words():
         assert CHINESE.fullmatch(chinese), chinese
-        assert re.fullmatch(r"[a-z]{2,12}", english), english
+        assert re.fullmatch(r"[A-Za-z][a-z]{1,11}", english), english
     assert sum(len(chinese) == 1 for chinese, _ in all_words()) < 60
 
 

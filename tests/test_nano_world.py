@@ -120,7 +120,8 @@ def test_no_held_out_wording_in_pretraining_text(documents, half):
 def test_no_held_out_question_in_pretraining_text(documents):
     everything = "\n".join(documents)
     asked = [user_turn(row) for name in HELD_OUT for row in read(name) if row["kind"] not in ("hello", "thanks", "farewell")]
-    assert [turn for turn in asked if turn in everything] == []
+    answers = world.FIXED_ANSWERS.values()  # who says 再见！ is told 再见！, and answers do stand in the text
+    assert [turn for turn in asked if turn in everything and turn not in answers] == []
 
 
 def test_no_role_token_in_pretraining_text(documents):

@@ -27,11 +27,11 @@ from glm4_helpers.nano.world import (
 HELD_OUT_SETS = ("unseen_rows", "unseen_entities", "unseen_phrasings", "second_turns")
 # Rows of each kind in the fine-tuning set: more where the base has to be led further, such as rules and numbers.
 TRAIN_COUNTS = {
-    "word_to_english": 320, "english_to_word": 280, "capital": 130, "capital_of": 150, "opposite": 180, "category": 180,
-    "property": 260, "list": 360, "sum": 280, "difference": 280, "larger": 230, "smaller": 230, "ascending": 260,
-    "descending": 260, "count": 220, "quote": 280, "sentence": 160, "plan": 110, "introduce": 100, "who": 24,
-    "not_that_model": 50, "hello": 20, "thanks": 17, "farewell": 17, "system": 560, "follow_up": 300, "repeat": 260,
-    "remember": 120, "new_topic": 180,
+    "word_to_english": 300, "english_to_word": 260, "capital": 130, "capital_of": 150, "opposite": 180, "category": 180,
+    "property": 260, "list": 240, "sum": 280, "difference": 280, "larger": 210, "smaller": 250, "ascending": 340,
+    "descending": 300, "count": 220, "quote": 300, "sentence": 160, "plan": 120, "introduce": 100, "who": 24,
+    "not_that_model": 50, "hello": 20, "thanks": 17, "farewell": 17, "system": 700, "follow_up": 290, "repeat": 240,
+    "remember": 120, "new_topic": 220,
 }
 SECOND_TURN_KINDS = ("follow_up", "repeat", "remember", "new_topic")
 FEW_ROWS = ("who", "hello", "thanks", "farewell")
@@ -116,7 +116,8 @@ def conversation_row(world: World, kind: str, group: str, rng: random.Random, us
             history.append([user_turn(between, rng), between.answer])
         return conversation(kind, history, follow_up(kind, group, rng), f"你叫{task.slots['p']}。")
     before = plain_task(world, rng, rng.choice((*RELATION_KINDS, "sum", "hello", "introduce")), usable)
-    row = plain_row(plain_task(world, rng, rng.choice((*RELATION_KINDS, "sum", "quote", "count")), usable), "train", rng)
+    last = rng.choice((*RELATION_KINDS, "sum", "quote", "count", "thanks", "farewell", "who"))
+    row = plain_row(plain_task(world, rng, last, usable), "train", rng)
     return {**row, "kind": kind, "history": [[user_turn(before, rng), before.answer]]}
 
 

@@ -18,21 +18,26 @@ from glm4_helpers.nano.world import (
     Task,
     World,
     all_words,
+    comparison_task,
     difference_task,
+    distinct_numbers,
     introduce_task,
     person,
     plain_task,
     quotable,
     relation_task,
+    sorting_task,
     story_task,
     sum_task,
 )
 
 # Kinds that are computed or copied; those named twice are twice as frequent. Sorting is learned last, so it comes most.
 SKILL_KINDS = (
-    "sum", "sum", "difference", "difference", "larger", "smaller", "ascending", "ascending", "ascending",
-    "descending", "descending", "descending", "count", "count", "list", "quote", "quote",
+    "sum", "sum", "difference", "difference", "larger", "smaller", "smaller", "ascending", "ascending", "ascending",
+    "ascending", "descending", "descending", "descending", "count", "count", "list", "quote", "quote",
 )
+SMALL_NUMBERS = 0.3
+"""Part of the numbers compared and sorted that is drawn from those of one digit, which are few among a hundred."""
 
 
 def cloze_prompt(relation: Relation) -> str:
@@ -119,8 +124,16 @@ def question_document(world: World, rng: random.Random) -> str:
 
 def skill_document(world: World, rng: random.Random) -> str:
     """Questions that are computed or copied rather than remembered."""
-    tasks = [plain_task(world, rng, rng.choice(SKILL_KINDS), anything) for _ in range(rng.randint(1, 4))]
+    tasks = [skill_task(world, rng, rng.choice(SKILL_KINDS)) for _ in range(rng.randint(1, 4))]
     return dialogue(rng, [turn for task in tasks for turn in question_and_answer(rng, task)])
+
+
+def skill_task(world: World, rng: random.Random, kind: str) -> Task:
+    if kind in ("larger", "smaller"):
+        return comparison_task(rng, kind, SMALL_NUMBERS)
+    if kind in ("ascending", "descending"):
+        return sorting_task(rng, kind, SMALL_NUMBERS)
+    return plain_task(world, rng, kind, anything)
 
 
 def equation_document(world: World, rng: random.Random) -> str:
@@ -134,7 +147,7 @@ def order_document(world: World, rng: random.Random) -> str:
     for _ in range(rng.randint(1, 4)):
         category = rng.choice(sorted(facts.WORDS))
         members = rng.sample([word for word, _ in facts.WORDS[category]], rng.randint(2, 6))
-        numbers = sorted(rng.sample(range(100), rng.randint(3, 6)))
+        numbers = sorted(distinct_numbers(rng, rng.randint(3, 6), SMALL_NUMBERS))
         parts.append(
             rng.choice(
                 (
@@ -183,11 +196,14 @@ def story_document(world: World, rng: random.Random) -> str:
 
 def talk_document(world: World, rng: random.Random) -> str:
     """Conversations that go on, greet, introduce, or follow a rule given at the start."""
-    shape = rng.choice((0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4))
+    shape = rng.choice((0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 4, 4))
     if shape == 0:
         first, *rest = related(world, rng, anything)
         turns = question_and_answer(rng, relation_task(first))
-        return dialogue(rng, turns + [(follow_up("follow_up", "text", rng, r.follow_up), r.answer) for r in rest])
+        turns += [(follow_up("follow_up", "text", rng, r.follow_up), r.answer) for r in rest]
+        if rng.random() < 0.4:
+            turns += question_and_answer(rng, plain_task(world, rng, rng.choice(("thanks", "farewell", "who")), anything))
+        return dialogue(rng, turns)
     if shape == 1:
         task = plain_task(world, rng, rng.choice((*RELATION_KINDS, "sum", "sentence", "quote")), anything)
         return dialogue(rng, [*question_and_answer(rng, task), (follow_up("repeat", "text", rng), task.answer)])
@@ -201,7 +217,7 @@ def talk_document(world: World, rng: random.Random) -> str:
         kinds = ("who", "who", "not_that_model", "hello", "thanks", "farewell", "introduce")
         tasks = [plain_task(world, rng, kind, anything) for kind in rng.sample(kinds, rng.randint(1, 3))]
         return dialogue(rng, [turn for task in tasks for turn in question_and_answer(rng, task)])
-    style = rng.choice(("prefix", "prefix", "suffix", "suffix", "brief", "role_name"))
+    style = rng.choice(("prefix", "prefix", "suffix", "suffix", "brief", "brief", "brief", "role_name"))
     tasks = [
         plain_task(world, rng, "who" if style == "role_name" else rng.choice(BRIEF_KINDS), anything)
         for _ in range(1 if style == "role_name" else rng.randint(1, 3))
@@ -220,14 +236,14 @@ def everyday_document(world: World, rng: random.Random) -> str:
 
 
 DOCUMENTS: tuple[tuple[Callable[[World, random.Random], str], float], ...] = (
-    (fact_document, 0.11),
-    (question_document, 0.21),
-    (skill_document, 0.30),
-    (equation_document, 0.05),
-    (order_document, 0.05),
-    (copy_document, 0.09),
+    (fact_document, 0.10),
+    (question_document, 0.18),
+    (skill_document, 0.31),
+    (equation_document, 0.04),
+    (order_document, 0.06),
+    (copy_document, 0.08),
     (story_document, 0.03),
-    (talk_document, 0.14),
+    (talk_document, 0.18),
     (everyday_document, 0.02),
 )
 

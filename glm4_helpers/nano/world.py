@@ -177,15 +177,25 @@ def difference_task(rng: random.Random) -> Task:
     return Task("difference", {"a": str(a), "b": str(b)}, f"{a}-{b}={a - b}。", str(a - b))
 
 
-def comparison_task(rng: random.Random, kind: str) -> Task:
-    a, b = rng.sample(range(100), 2)
+def distinct_numbers(rng: random.Random, count: int, small: float) -> list[int]:
+    """Numbers below 100; `small` is the part that is drawn from those of one digit."""
+    numbers: list[int] = []
+    while len(numbers) < count:
+        number = rng.randrange(10 if rng.random() < small else 100)
+        if number not in numbers:
+            numbers.append(number)
+    return numbers
+
+
+def comparison_task(rng: random.Random, kind: str, small: float = 0.0) -> Task:
+    a, b = distinct_numbers(rng, 2, small)
     first, second = (max(a, b), min(a, b)) if kind == "larger" else (min(a, b), max(a, b))
     word = "大" if kind == "larger" else "小"
     return Task(kind, {"a": str(a), "b": str(b)}, f"{first}比{second}{word}。")
 
 
-def sorting_task(rng: random.Random, kind: str) -> Task:
-    numbers = rng.sample(range(100), rng.choice((3, 3, 4)))
+def sorting_task(rng: random.Random, kind: str, small: float = 0.0) -> Task:
+    numbers = distinct_numbers(rng, rng.choice((3, 3, 4)), small)
     ordered = sorted(numbers, reverse=kind == "descending")
     return Task(kind, {"x": "、".join(map(str, numbers))}, "、".join(map(str, ordered)) + "。")
 
