@@ -52,6 +52,14 @@ def outputs_dir(*parts: str) -> Path:
     return folder
 
 
+def shown(path: Path) -> str:
+    """A path as it reads in a message: relative to the course folder where it lies inside."""
+    try:
+        return path.resolve().relative_to(home()).as_posix()
+    except (CourseError, ValueError):
+        return str(path)
+
+
 def _chosen_home(chosen: str) -> Path:
     folder = Path(chosen).expanduser()
     if not folder.is_dir():

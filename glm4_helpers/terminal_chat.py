@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CourseError, ModelError, SettingError
 from .generation import Answer, check_settings, fit_history, stream
-from .models import adapter_off, check_adapter, load_adapter, load_base_model, load_tokenizer
-from .paths import outputs_dir
+from .models import adapter_off, base_folder, check_adapter, load_adapter, load_base_model, load_tokenizer
+from .paths import outputs_dir, shown
 from .profiles import Profile
 
 HELP = """\
@@ -184,8 +184,8 @@ class Chat:
 
     def _voice(self) -> str:
         if self.adapter_dir is None:
-            return f"{self.profile.name}, the base model without an adapter"
-        return f"{self.profile.name}, adapter {self.adapter_dir} {'on' if self.adapter_on else 'off'}"
+            return f"{self.profile.name}, {shown(base_folder(self.profile))} without an adapter"
+        return f"{self.profile.name}, adapter {shown(self.adapter_dir)} {'on' if self.adapter_on else 'off'}"
 
     # Commands
 
@@ -224,7 +224,7 @@ class Chat:
     def _checkpoint(self, name: str) -> None:
         known = self._checkpoints()
         if not name:
-            self.console.note("\n".join(f"{name}  {folder}" for name, folder in known.items()) or "(no checkpoints)")
+            self.console.note("\n".join(f"{name}  {shown(folder)}" for name, folder in known.items()) or "(no checkpoints)")
             return
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -43,8 +43,8 @@ from .callbacks import (
 )
 from .datasets import encode_rows, fingerprint, load_messages, split
 from .environment import machine, require_room
-from .errors import CourseError, SettingError
-from .paths import home, outputs_dir
+from .errors import SettingError
+from .paths import home, outputs_dir, shown
 from .profiles import Profile, profile_settings
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
         eval_steps=share,
         save_strategy=looks,
         save_steps=share,
-        # A checkpoint of a fully fine-tuned 9B takes about 90 GB: the newest and the best have to do.
+        # A checkpoint of a fully fine-tuned 9B takes 56 GB, with DeepSpeed 132: the newest and the best have to do.
         save_total_limit=None if profile.lora else 2,
         load_best_model_at_end=looks != "no",
         metric_for_best_model="eval_loss",
@@ -348,7 +348,7 @@ def train_or_load(
     reason = "asked for" if force else why_train(profile, adapter_dir)
     if not reason:
         result = dataclasses.replace(_load_result(adapter_dir), reason=_SAME)
-        _say(f"Loaded the adapter in {_shown(adapter_dir)}: {result.reason}.")
+        _say(f"Loaded the adapter in {shown(adapter_dir)}: {result.reason}.")
         return result
     _say(f"Training {profile.name}: {reason}.")
     result = train(profile, output_dir, resume and not force, tracking_mode, callbacks)
@@ -440,14 +440,14 @@ def _start(profile: Profile, work: Path, facts: Mapping[str, Any], resume: bool)
         return _anew(profile, work, facts, None if changed else run)
     if changed:
         raise SettingError(
-            f"{_shown(work)} holds an unfinished run of another kind: {changed}.",
+            f"{shown(work)} holds an unfinished run of another kind: {changed}.",
             "Use its settings to go on with it, or another folder (--output, output_dir) to keep it; "
             "--no-resume (resume=False) starts anew and deletes it.",
         )
     for step, folder in checkpoint_folders(work):
         if step > int(checkpoint.name.rpartition("-")[2]):
             shutil.rmtree(folder)
-    _say(f"Going on from {_shown(checkpoint)}.")
+    _say(f"Going on from {shown(checkpoint)}.")
     return _Start(checkpoint, run["dtype"], run.get("tracking"))
 
 
@@ -504,7 +504,7 @@ def _sole_use(output: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise SettingError(
-            f"Another process is training into {_shown(output)}.",
+            f"Another process is training into {shown(output)}.",
             "Wait until it is done or stop it; or choose another folder (--output, output_dir).",
         ) from None
     try:
@@ -630,10 +630,10 @@ def why_train(profile: Profile, adapter_dir: Path) -> str:
     """In words, why the finished adapter is not this profile's; empty where it is."""
     record = read_json(adapter_dir / TRAINING_FILE)
     if record is None:
-        return f"there is no finished adapter in {_shown(adapter_dir)}"
+        return f"there is no finished adapter in {shown(adapter_dir)}"
     now = _facts(profile, *_messages(profile))
     changed = _difference(record["facts"], {**now, "processes": record["facts"]["processes"]})
-    return f"the adapter in {_shown(adapter_dir)} was made otherwise ({changed})" if changed else ""
+    return f"the adapter in {shown(adapter_dir)} was made otherwise ({changed})" if changed else ""
 
 
 def _load_result(adapter_dir: Path) -> TrainingResult:
@@ -645,14 +645,6 @@ def _load_result(adapter_dir: Path) -> TrainingResult:
 def _say(text: str) -> None:
     if PartialState().is_main_process:
         print(text, flush=True)
-
-
-def _shown(path: Path) -> str:
-    """A path as it reads in a notebook: relative to the course folder where it lies inside."""
-    try:
-        return path.resolve().relative_to(home()).as_posix()
-    except (CourseError, ValueError):
-        return str(path)
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from ..errors import SettingError
 from ..profiles import Profile, get_profile, profile_names, settings_from_yaml
 
 
+ADAPTER_HELP = "the adapter's folder, or the one that train was given as --output (default: outputs/PROFILE/adapter)"
+
+
 def add_profile(parser: argparse.ArgumentParser) -> None:
     """``--profile NAME``. Unknown names are left to ``get_profile``, which suggests the nearest."""
     parser.add_argument(
@@ -30,14 +33,15 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """``--profile``, ``--config`` and ``--set``: all that changes a profile."""
     add_profile(parser)
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; may name the profile")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings such as configs/train_9b.yaml; may name the profile")
     parser.add_argument(
         "--set",
         dest="settings",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="change one setting of the profile, such as training.epochs=1 or lora.r=16; may be repeated",
+        help="change one setting of the profile, such as training.epochs=1 or lora.r=16; wins over --config; may be repeated; "
+        "profiles.py has all keys",
     )
 
 
@@ -75,13 +79,13 @@ def chosen_profile(arguments: argparse.Namespace, **overrides: Any) -> Profile:
 
 
 def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
-    """The folder of ``--adapter`` (or adapter/ in it), else the one where ``train`` puts this profile's adapter."""
-    if arguments.adapter is not None:
-        inside = arguments.adapter / "adapter"  # given is what train was given as --output
-        return inside if inside.is_dir() else arguments.adapter
+    """The folder of ``--adapter`` (or what is in it), else the one where ``train`` puts this profile's adapter or model."""
     from ..training import default_adapter_dir
 
-    return default_adapter_dir(profile)
+    if arguments.adapter is None:
+        return default_adapter_dir(profile)
+    inside = default_adapter_dir(profile, arguments.adapter)  # given is what train was given as --output
+    return inside if inside.is_dir() else arguments.adapter
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
@@ -113,7 +117,12 @@ def show(arguments: argparse.Namespace, figures: Any, text: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' notes and warnings off the terminal; errors still show. Settings of the user win."""
+    """Keep the libraries' notes and warnings off the terminal; errors still show. Settings of the user win.
+
+    Their progress bars show in a terminal only: in a pipe or a log they would be noise.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("DATASETS_VERBOSITY", "error"),
