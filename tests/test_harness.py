@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from optional_packages import import_from_lm_eval
 from tiny_models import save_live_adapter, save_model, tiny_glm, tiny_tokenizer
 
 from glm4_helpers import harness
@@ -54,7 +55,7 @@ def evaluate(course, *options):
 
 @pytest.mark.slow
 def test_a_task_is_scored_before_and_after(course, capsys, monkeypatch):
-    HFLM = pytest.importorskip("lm_eval.models.huggingface", reason='python -m pip install -e ".[evaluation]"').HFLM
+    HFLM = import_from_lm_eval("lm_eval.models.huggingface", monkeypatch).HFLM
     seen = []
     ask = HFLM._model_call
 
@@ -73,8 +74,8 @@ def test_a_task_is_scored_before_and_after(course, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_unknown_tasks_and_data_that_cannot_be_fetched_are_named(course, capsys):
-    pytest.importorskip("lm_eval", reason='python -m pip install -e ".[evaluation]"')
+def test_unknown_tasks_and_data_that_cannot_be_fetched_are_named(course, capsys, monkeypatch):
+    import_from_lm_eval("lm_eval", monkeypatch)
     assert evaluate(course, "no_such_task") == 2
     error = capsys.readouterr().err
     assert "no task 'no_such_task'" in error and "lm-eval ls tasks" in error

@@ -3,6 +3,7 @@
 Each run's mode, network, seconds and outcome are printed when the tests are done.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from optional_packages import python_path
 
 ROOT = Path(__file__).parent.parent
 TITLE = "SwanLab without a prompt or a hang"
@@ -124,15 +126,55 @@ def test_disabled_writes_nothing(log, tmp_path):
     assert not list((tmp_path / "swanlog").glob("run-*"))
 
 
-def test_local_feeds_the_dashboard_or_says_what_to_install(log):
-    done = log("local")
-    if find_spec("swanboard") is None:
-        assert done.returncode == 2 and 'pip install "swanlab[dashboard]"' in done.stdout
-    else:
-        assert done.returncode == 0, done.stderr
-        folder = Path(json.loads(done.stdout.splitlines()[-1])["folder"])
-        assert texts(folder) == {"你好\n\n第10步的回答", "你好\n\n第20步的回答"}
-        assert scalars(folder)["train/loss", 20] == 1.125
+@contextmanager
+def dashboard(folder: Path, path: str):
+    """`swanlab watch` on the folder, as a user starts it; yields a function that asks its server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("swanlab"), "watch", str(folder), "-h", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+    def ask(address: str):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/{address}", timeout=10) as reply:
+            return json.load(reply)["data"]
+
+    try:
+        for line in server.stdout:
+            if "ready" in line:
+                break
+        yield ask
+    finally:
+        server.terminate()
+        server.communicate(timeout=20)
+
+
+def test_local_feeds_the_dashboard_which_shows_losses_and_texts(log, tmp_path):
+    path = python_path("swanboard")
+    done = log("local", PYTHONPATH=os.pathsep.join([str(ROOT), path]))
+    assert done.returncode == 0, done.stderr
+    folder = Path(json.loads(done.stdout.splitlines()[-1])["folder"])
+    assert texts(folder) == {"你好\n\n第10步的回答", "你好\n\n第20步的回答"}
+    assert scalars(folder)["train/loss", 20] == 1.125
+    with dashboard(tmp_path / "swanlog", path) as ask:
+        run = ask("project")["experiments"][0]
+        logged = {tag: ask(f"experiment/{run['id']}/tag/{tag}")["list"] for tag in ("train/loss", "answers")}
+    assert run["name"] == "test"
+    assert [(point["index"], point["data"]) for point in logged["train/loss"]] == [(10, 2.25), (20, 1.125)]
+    assert [point["data"] for point in logged["answers"]] == [["你好\n\n第10步的回答"], ["你好\n\n第20步的回答"]]
+
+
+def test_local_without_the_dashboard_says_what_to_install(monkeypatch):
+    from glm4_helpers import tracking
+    from glm4_helpers.errors import MachineError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match="dashboard") as error:
+        tracking.start_run("local")
+    assert 'pip install "swanlab[dashboard]"' in error.value.fix
 
 
 def test_cloud_without_a_key_is_an_error_and_not_a_prompt(log):
