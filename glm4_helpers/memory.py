@@ -1,6 +1,7 @@
 """How much memory fine-tuning takes, worked out part by part from a model's shape, and which setting fits.
 
-Arithmetic only: no weights are read and nothing is measured. Measured peaks stand beside it in benchmarks/.
+The peak is what stays (weights, what is trained, activations) and the largest of what comes and goes: logits, one layer
+at work, an answer. Arithmetic only: no weights are read and nothing is measured. Measured peaks stand in benchmarks/.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ COMPUTE_BYTES = 2
 LIBRARY_BYTES = int(0.8 * GIB)
 """CUDA context, cuBLAS and kernels on a GPU: a usual size, not measured in this project."""
 
-CPU_LIBRARY_BYTES = int(0.135 * GIB)
-"""What the libraries still take after they are imported: measured with one layer of width 16 and the 9B's vocabulary."""
+CPU_LIBRARY_BYTES = int(0.092 * GIB)
+"""What the libraries still take after they are imported: measured with one layer of width 16 and the 9B's vocabulary.
+
+Like every figure for a CPU without what the C library keeps of freed memory, which depends on its settings."""
 
 LOGIT_COLUMNS, LOGIT_ROWS = 32_768, 4_096
 """Columns and rows of the logits that TRL 1.16 holds at a time (trl/kernels/chunked_logprob.py)."""
@@ -220,7 +223,8 @@ def estimate(profile: Profile, setting: Setting | None = None, config: Any = Non
     """
     setting = setting or setting_of(profile)
     shape = config if isinstance(config, Shape) else _shape(profile, config)
-    step = (_activations(shape, setting, profile), _logits(shape, setting), _working(shape, setting, profile))
+    logits = _logits(shape, setting, profile)
+    step = (_activations(shape, setting, profile), logits, _working(shape, setting, profile, logits.bytes))
     parts = (
         *_weights(shape, setting, profile),
         *_trained(shape, setting, profile),
@@ -419,41 +423,56 @@ def _inputs(shape: Shape, target: str) -> int:
     return {"o_proj": shape.query, "down_proj": shape.intermediate}.get(target, shape.hidden)
 
 
-def _logits(shape: Shape, setting: Setting) -> Part:
+def _logits(shape: Shape, setting: Setting, profile: Profile) -> Part:
     """TRL holds one tile of logits at a time. On a GPU a kernel works on it in place; on a CPU torch makes copies."""
     tokens = setting.batch_size * setting.length
     rows, columns = min(tokens, LOGIT_ROWS), min(shape.vocabulary, LOGIT_COLUMNS)
-    hidden = tokens * shape.hidden * 4
+    trained, of_trained = _head_gradient(shape, setting, profile)
+    hidden = tokens * shape.hidden * 4 + trained
     if setting.device == "gpu":
         return Part(
             "logits",
             rows * columns * COMPUTE_BYTES + hidden,
-            f"{rows:,} rows x {columns:,} columns x 2 bytes + {tokens:,} x {shape.hidden:,} x 4",
+            f"{rows:,} rows x {columns:,} columns x 2 bytes + {tokens:,} x {shape.hidden:,} x 4{of_trained}",
             "a tile of logits and the float32 gradient of the hidden states (TRL 1.16)",
         )
-    tile, weights = rows * columns * (COMPUTE_BYTES + 7 * 4), 2 * columns * shape.hidden * 4
+    tile, weights = rows * columns * (COMPUTE_BYTES + 7 * 4 + 1), columns * shape.hidden * 4 + rows * columns * 6
     return Part(
         "logits",
-        max(tile, weights + rows * columns * 6) + hidden,
-        f"the larger of {rows:,} x {columns:,} x 30 bytes and 2 x {columns:,} x {shape.hidden:,} x 4, + hidden states",
-        "without GPU kernels TRL 1.16 copies a tile seven times in float32, then the lm_head's rows into float32, which "
-        "torch's product packs once more (measured alone: 1,057 MiB for 255 rows of the 9B)",
+        max(tile, weights) + hidden,
+        f"the larger of {rows:,} x {columns:,} x 31 bytes and {columns:,} x ({shape.hidden:,} x 4 + {rows:,} x 6), "
+        f"+ {tokens:,} x {shape.hidden:,} x 4{of_trained}",
+        "without GPU kernels TRL 1.16 copies a tile seven times in float32 beside a mask, later tile and lm_head's rows "
+        "once (_backward_tile and _addmm_fp32 in trl/kernels/chunked_logprob.py)",
     )
 
 
-def _working(shape: Shape, setting: Setting, profile: Profile) -> Part:
-    """What one layer needs while it is worked on: recomputed activations, and weights back in bfloat16."""
+def _head_gradient(shape: Shape, setting: Setting, profile: Profile) -> tuple[int, str]:
+    """Where lm_head is trained: its gradient in float32 and in bfloat16, beyond the other gradients, which come later."""
+    if profile.lora is not None:
+        return 0, ""
+    own = shape.vocabulary * shape.hidden * (4 + COMPUTE_BYTES)
+    later = shape.parameters * COMPUTE_BYTES // (setting.gpus if setting.zero_stage >= 2 else 1)
+    return (own - later, f" + {own:,} of lm_head's gradient - {later:,} of gradients that come later") if own > later else (0, "")
+
+
+def _working(shape: Shape, setting: Setting, profile: Profile, logits: int) -> Part:
+    """What one layer needs while it is worked on: recomputed activations, and weights back in bfloat16.
+
+    The logits are gone by then, so only what goes beyond them counts.
+    """
     tokens = setting.batch_size * setting.length
     again = layer_bytes(shape, profile, setting) if setting.gradient_checkpointing else 0
     passing = 2 * 3 * shape.intermediate + 4 * shape.hidden
     largest = 2 * shape.hidden * shape.intermediate * COMPUTE_BYTES if setting.quantization else 0
     gathered = (shape.attention + shape.mlp) * COMPUTE_BYTES if setting.zero_stage == 3 else 0
     return Part(
-        "one layer at work",
-        tokens * (again + passing) + largest + gathered,
+        "a layer beyond logits",
+        max(0, tokens * (again + passing) + largest + gathered - logits),
         f"{tokens:,} tokens x ({again:,} recomputed + {passing:,} gradients)"
         + (f" + {largest:,} bytes dequantized" if largest else "")
-        + (f" + {gathered:,} bytes gathered" if gathered else ""),
+        + (f" + {gathered:,} bytes gathered" if gathered else "")
+        + f" - {logits:,} of the logits",
         "checkpointing computes a layer's activations again; 4-bit weights are multiplied in bfloat16",
     )
 
@@ -483,7 +502,7 @@ def _constant(setting: Setting) -> Iterator[Part]:
     if setting.device == "gpu":
         yield Part("libraries", LIBRARY_BYTES, "0.8 GiB", "CUDA context and kernels: assumed, not measured here")
     else:
-        yield Part("libraries", CPU_LIBRARY_BYTES, "0.135 GiB", "measured with a model of nearly no size")
+        yield Part("libraries", CPU_LIBRARY_BYTES, f"{CPU_LIBRARY_BYTES / GIB:.3f} GiB", "measured with a model of nearly no size")
 
 
 def _divided(shards: int) -> str:

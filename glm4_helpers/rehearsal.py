@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from . import memory
 from .errors import CourseError, MachineError, SettingError
 from .profiles import Profile, get_profile
@@ -29,6 +31,9 @@ POOL = 16_777_213
 
 ROWS, CHECKPOINT_AT, KILLED_IN, NEW_TOKENS = 3, 2, 3, 4
 STAGES = ("load", "train", "resume", "reload")
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""Has glibc give back blocks of 1 MiB and more as soon as they are freed. It would keep those below 32 MiB, by chance more
+or less of them, and a peak could not be compared with arithmetic. Other C libraries ignore the variable."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def _in_process(stage: str, profile: Profile, folder: Path, tokens: int, batch_s
     }  # fmt: skip
     finished = subprocess.run(
         [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({job!r})"],
-        env={**os.environ, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, **RETURN_FREED_MEMORY, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )
@@ -260,12 +265,18 @@ def _numbers(weight: Any) -> int:
     return weight.numel() * 2 if type(weight).__name__ == "Params4bit" else weight.numel()
 
 
-def _train(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    from transformers import TrainerCallback
+class _MeasureTraining(TrainerCallback):
+    """Forgets the peak of loading, which has a stage of its own: weights that are quantized are read through pages of
+    their files, and those stay resident until all are read, unless the system needs them."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        _reset_peak()
+
+
+def _train(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     from . import training
 
-    class Kill(TrainerCallback):
+    class Kill(_MeasureTraining):
         """Ends the process as a machine that goes down would: in the middle of a step, with its gradients there."""
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -280,7 +291,7 @@ def _train(profile: Profile, keep: _Keeper) -> dict[str, Any]:
 def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     from . import training
 
-    result = training.train(profile, tracking_mode="disabled")
+    result = training.train(profile, tracking_mode="disabled", callbacks=[_MeasureTraining()])
     _require(result.resumed_from == CHECKPOINT_AT, f"training went on from step {result.resumed_from}")
     steps = max(row["step"] for row in result.log_history)
     _require(steps == ROWS, f"training ended after step {steps}")
