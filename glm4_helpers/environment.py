@@ -140,7 +140,8 @@ def needs(profile: Profile) -> Needs:
     """Estimated needs for training with ``profile``.
 
     GPU memory is what ``memory.estimate`` gives for the profile's own setting on one GPU; for full fine-tuning, for two
-    GPUs that share it with ZeRO-3, both together.
+    GPUs that share it with ZeRO-3, both together. Disk space is for the download, with a fifth to spare, and the
+    checkpoints that ``train`` asks room for.
     """
     if profile.name == "glm4-nano":
         return Needs(memory_gib=3, gpu_memory_gib=0, disk_gib=1)
@@ -151,7 +152,7 @@ def needs(profile: Profile) -> Needs:
     return Needs(
         memory_gib=8,
         gpu_memory_gib=round(each * sharing["gpus"], 1),
-        disk_gib=round(weights * (1.2 if profile.lora else 3) + 1),
+        disk_gib=round(weights * 1.2 + _checkpoint_gib(profile, shape, sharing.get("zero_stage", 0)) + 1),
     )
 
 
@@ -163,7 +164,7 @@ def require_room(profile: Profile, folder: Path, length: int, processes: int = 1
     on_gpu = default_device().type == "cuda"
     here = machine(next(parent for parent in (folder, *folder.parents) if parent.exists()))
     shape = memory.shape_of(model_config(profile))
-    disk = _checkpoint_gib(profile, shape)
+    disk = _checkpoint_gib(profile, shape, zero_stage)
     if disk > here.disk_free_gib:
         raise MachineError(
             f"The checkpoints of {profile.name} need about {disk:.1f} GiB; {here.disk_free_gib:.1f} GiB are free for {folder}.",
@@ -175,11 +176,15 @@ def require_room(profile: Profile, folder: Path, length: int, processes: int = 1
     memory.require_memory(profile, _free_gib() if on_gpu else here.memory_available_gib / processes, setting, shape)
 
 
-def _checkpoint_gib(profile: Profile, shape: memory.Shape) -> float:
-    """Trained weights with AdamW's two states: LoRA keeps every checkpoint, in float32; else the newest two stay."""
+def _checkpoint_gib(profile: Profile, shape: memory.Shape, zero_stage: int) -> float:
+    """Checkpoints and the result: trained weights with AdamW's two states; LoRA keeps every checkpoint, in float32.
+
+    In full fine-tuning two stay, and a third is there until the oldest is gone. DeepSpeed saves its states and its copy of
+    the weights in float32: 14 bytes a weight instead of 6 (runtime/zero/, stages 1 to 3).
+    """
     if profile.lora:
         return memory.lora_parameters(shape, profile) * 4 * 3 * (profile.training.evaluations_per_run + 1) / GIB
-    return shape.parameters * 2 * (2 * 3 + 1) / GIB
+    return shape.parameters * (3 * (14 if zero_stage else 6) + 2) / GIB
 
 
 def _free_gib() -> float:
@@ -198,7 +203,7 @@ def doctor(profile: Profile | None = None) -> Report:
         Check("CPU", True, f"{here.cpu}, {_count(here.cores, 'core')}, {_features_text(here)}"),
         _gpu_check(here, profile),
         _size_check("memory", here.memory_gib, needs(profile).memory_gib, _MORE_MEMORY),
-        _size_check("disk", here.disk_free_gib, needs(profile).disk_gib, _MORE_DISK),
+        _size_check("disk", here.disk_free_gib, needs(profile).disk_gib - _downloaded_gib(profile), _MORE_DISK),
         _font_check(),
         _course_check(),
         *_file_checks(profile),
@@ -317,7 +322,7 @@ def _gpu_check(here: Machine, profile: Profile) -> Check:
         return Check("GPU", True, _gpu_text(here.gpus) if here.gpus else "none, and none is needed")
     if not here.gpus:
         return Check("GPU", False, f"none that torch can use; {need:.0f} GiB needed", _no_gpu_fix())
-    usable = [gpu for gpu in here.gpus if gpu.bfloat16]
+    usable = [gpu for gpu in here.gpus if gpu.bfloat16 or profile.quantization]
     sizes = [gpu.memory_gib for gpu in usable] or [0.0]
     size = sum(sizes) if profile.lora is None else max(sizes)
     if not usable:
@@ -326,7 +331,8 @@ def _gpu_check(here: Machine, profile: Profile) -> Check:
     if size < need:
         fix = "Take a larger GPU, or a smaller profile with --profile; training.max_length also lowers the need."
         return Check("GPU", False, f"{_gpu_text(here.gpus)}; {need:.0f} GiB needed", fix)
-    return Check("GPU", True, _gpu_text(here.gpus))
+    slow = "" if any(gpu.bfloat16 for gpu in here.gpus) else ", without bfloat16: computes in float32, several times slower"
+    return Check("GPU", True, _gpu_text(here.gpus) + slow)
 
 
 def _no_gpu_fix() -> str:
@@ -342,6 +348,13 @@ def _size_check(name: str, found: float, needed: float, fix: str) -> Check:
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _downloaded_gib(profile: Profile) -> float:
+    """The part of the base model's weights that is here already."""
+    folder = _course_folder()
+    files = (folder / profile.base_model).glob("*.safetensors") if folder else ()
+    return sum(file.stat().st_size for file in files) / GIB
 
 
 def _course_folder() -> Path | None:

@@ -82,7 +82,8 @@ def test_longer_rows_need_more_gpu_memory():
         ("glm4-nano", (), True, "none is needed"),
         ("glm-4-9b-lora", (), False, "needed"),
         ("glm-4-9b-lora", (L4,), True, "L4"),
-        ("glm-4-9b-qlora", (T4,), False, "bfloat16"),
+        ("glm-4-9b-qlora", (T4,), True, "computes in float32, several times slower"),
+        ("glm-4-9b-lora", (replace(T4, memory_gib=24.0),), False, "bfloat16"),
         ("glm-4-9b-full", (L4, L4), False, "needed"),
         ("glm-4-9b-full", (replace(L4, memory_gib=80.0),) * 2, True, "80 GiB"),
         ("glm-4-9b-lora", (T4, L4), True, "L4"),
@@ -93,6 +94,16 @@ def test_gpu_check(profile, gpus, ok, word):
     assert check.ok == ok
     assert word in check.found
     assert bool(check.fix) != ok
+
+
+def test_weights_that_are_here_already_need_no_more_room(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path))
+    profile = get_profile("glm-4-9b-lora")
+    (tmp_path / profile.base_model).mkdir(parents=True)
+    with (tmp_path / profile.base_model / "model-00001-of-00001.safetensors").open("wb") as file:
+        file.truncate(18 * 2**30)
+    disk = next(check for check in environment.doctor(profile).checks if check.name == "disk")
+    assert disk.found.endswith(f"{environment.needs(profile).disk_gib - 18:.0f} needed")
 
 
 def test_a_driver_without_a_torch_that_uses_it_is_named(monkeypatch):
