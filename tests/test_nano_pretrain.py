@@ -66,11 +66,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(blocks, tmp_path, monkey
     assert [point["step"] for point in resumed.curve] == [point["step"] for point in whole.curve]
 
 
-def test_a_checkpoint_of_other_settings_is_refused(blocks, tmp_path):
+def test_a_checkpoint_of_other_settings_or_another_text_is_refused(blocks, tmp_path):
     tokenizer, rows = blocks
     nano.pretrain(tokenizer, rows, tmp_path / "run.pt", TINY, lambda *figures: None)
     with pytest.raises(ModelError, match="other settings"):
         nano.pretrain(tokenizer, rows, tmp_path / "run.pt", replace(TINY, seed=1), lambda *figures: None)
+    with pytest.raises(ModelError, match="another text"):
+        nano.pretrain(tokenizer, rows.flip(0), tmp_path / "run.pt", TINY, lambda *figures: None)
 
 
 def test_absent_pretraining_text_names_the_command(tmp_path):

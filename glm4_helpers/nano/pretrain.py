@@ -6,10 +6,12 @@ The world's text and rows come from world.py, through the files in data/. Fine-t
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,10 +149,11 @@ def pretrain(
     model.train()
     training = optimizers(model, settings)
     order = batch_order(len(blocks), settings)
+    made_from = {"settings": asdict(settings), "blocks": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()}
     curve: list[dict] = []
     first, seconds_before, seconds = 0, 0.0, 0.0
     if checkpoint.is_file():
-        first, seconds_before, curve = load_checkpoint(checkpoint, model, training, settings)
+        first, seconds_before, curve = load_checkpoint(checkpoint, model, training, made_from)
         seconds = seconds_before
     forward = torch.compile(model) if compile_model else model
     started, recent = time.monotonic(), []
@@ -173,7 +176,7 @@ def pretrain(
             report(done, len(order), curve[-1]["loss"], seconds)
             recent = []
         if done % settings.checkpoint_steps == 0 or done == len(order):
-            save_checkpoint(checkpoint, model, training, settings, done, seconds, curve)
+            save_checkpoint(checkpoint, model, training, made_from, done, seconds, curve)
     return PretrainingResult(model.eval(), curve, len(order), seconds)
 
 
@@ -187,7 +190,7 @@ def save_checkpoint(
     path: Path,
     model: GlmForCausalLM,
     training: list[torch.optim.Optimizer],
-    settings: PretrainingSettings,
+    made_from: Mapping[str, Any],
     step: int,
     seconds: float,
     curve: list[dict],
@@ -196,7 +199,7 @@ def save_checkpoint(
     state = {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in training],
-        "settings": asdict(settings),
+        "made_from": dict(made_from),
         "step": step,
         "seconds": seconds,
         "curve": curve,
@@ -208,12 +211,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: GlmForCausalLM, training: list[torch.optim.Optimizer], settings: PretrainingSettings
+    path: Path, model: GlmForCausalLM, training: list[torch.optim.Optimizer], made_from: Mapping[str, Any]
 ) -> tuple[int, float, list[dict]]:
-    """Put a checkpoint's state into model and optimizers; return its step, seconds and loss curve."""
+    """Put a checkpoint's state into model and optimizers; return its step, seconds and loss curve.
+
+    Raises ModelError for one of other settings or another text.
+    """
     state = torch.load(path, weights_only=True)
-    if state["settings"] != asdict(settings):
-        raise ModelError(f"{path} was made with other settings.", "Delete it to start anew, or use its settings.")
+    if state["made_from"] != made_from:
+        raise ModelError(
+            f"{path} was made with other settings or from another text.", "Delete it to start anew, or bring those back."
+        )
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(training, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
