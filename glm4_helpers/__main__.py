@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import CourseError
+from .profiles import get_profile, profile_names
 
 COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export", "rehearse", "course", "nano")
 
@@ -25,7 +26,17 @@ examples:
   python -m glm4_helpers doctor           is this machine enough, and for which model?
   python -m glm4_helpers train            fine-tune glm4-nano on the CPU
   python -m glm4_helpers evaluate         scores before and after, on rows never trained on
-  python -m glm4_helpers COMMAND --help   the options of a command, with examples"""
+  python -m glm4_helpers COMMAND --help   the options of a command, with examples
+
+profiles, one model with its data and settings each; --profile NAME goes after the command:
+{profiles}
+
+The base model is the one before fine-tuning; the adapter is the small set of weights that LoRA trains beside it."""
+
+
+def profile_lines() -> str:
+    """The profiles, a line each."""
+    return "\n".join(f"  {name:16}{get_profile(name).title}" for name in profile_names())
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="glm4-helpers",
         description="Fine-tune GLM-4 models and measure their answers before and after.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(profiles=profile_lines()),
         formatter_class=layout,
     )
     parser.add_argument("--version", action="version", version=f"glm4-helpers {__version__}")

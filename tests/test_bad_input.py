@@ -604,6 +604,21 @@ def _(folder):
     return command("evaluate", "--adapter", "a", "--seeds", "1")
 
 
+@case("options of evaluate that --seeds has no use for", "--rows and --baseline", "--seeds")
+def _(folder):
+    return command("evaluate", "--seeds", "1", "--rows", "5", "--baseline", "none")
+
+
+@case("options of public benchmarks without a benchmark", "--limit", "--harness only")
+def _(folder):
+    return command("evaluate", "--limit", "5")
+
+
+@case("a check of a model that is not the profile's", "--check", "not allowed with", "--repository")
+def _(folder):
+    return command("download", "--repository", "zai-org/glm-4-9b-chat-hf", "--check")
+
+
 @case("a ZeRO stage that 4-bit weights can't have", "ZeRO stage 3", "4-bit")
 def _(folder):
     return command("memory", "--profile", "glm-4-9b-qlora", "--zero", "3")

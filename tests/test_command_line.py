@@ -6,16 +6,19 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
+from tiny_models import save_model, tiny_glm, tiny_tokenizer
 
 from glm4_helpers import __main__ as command_line
 from glm4_helpers.commands import chosen_profile, parse_setting
 from glm4_helpers.commands.evaluate import format_summary, median_and_worst
 from glm4_helpers.errors import SettingError
 
+ROOT = Path(__file__).parent.parent
 OPTIONS = {
     "doctor": ["--profile", "--json"],
     "train": ["--profile", "--config", "--set", "--output", "--seed", "--force", "--no-resume", "--tracking", "--json"],
@@ -36,6 +39,21 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         env={**os.environ, **environment},
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("folder", ["outputs/glm-4-9b-full", "elsewhere"])
+def test_after_full_fine_tuning_chat_takes_the_trained_model_and_over_a_pipe_shows_no_loading_bar(tmp_path, folder):
+    tokenizer = tiny_tokenizer()
+    save_model(tmp_path / folder / "model", tiny_glm(tokenizer), tokenizer)
+    given = [] if folder.startswith("outputs") else ["--adapter", str(tmp_path / folder)]
+    command = [sys.executable, "-m", "glm4_helpers", "chat", "--profile", "glm-4-9b-full", "--max-new-tokens", "3", *given]
+    environment = {**os.environ, "GLM4_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, input="你好\n", env=environment, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert f"{folder}/model without an adapter" in done.stderr and "Loading" not in done.stderr
 
 
 def printed_help(capsys, *arguments: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from . import adapter_folder, add_settings, chosen_profile, count
+from . import ADAPTER_HELP, adapter_folder, add_settings, chosen_profile, count
 
 HELP = "talk to the base model and the fine-tuned one in the terminal"
 EXAMPLES = """\
@@ -22,11 +23,12 @@ Ctrl-C stops an answer. /help lists the commands inside the chat."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--adapter", type=Path, metavar="FOLDER", help="the adapter (default: the one that train made)")
+    which.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
     which.add_argument("--base", action="store_true", help="the base model alone, without an adapter")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt (default: the profile's, mostly none)")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt: what the model is told before all questions (default: none)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (the default) always takes the likeliest token; 0.6 varies"
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="0 always takes the likeliest token, 0.6 gives other answers each time (default: 0)"
     )
     parser.add_argument(
         "--top-p", type=float, default=0.8, metavar="P",
@@ -36,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="R",
         help="above 1 makes repeated tokens less likely (default: 1, none)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampled answers repeatable")
+    parser.add_argument("--seed", type=int, metavar="N", help="with a temperature: the same answers each time (default: none)")
     parser.add_argument(
-        "--max-new-tokens", type=count, metavar="N", help="longest answer, in tokens (default: the profile's)"
+        "--max-new-tokens", type=count, metavar="N", help="longest answer, in tokens (default: the profile's, 200 or 256)"
     )
 
 
@@ -47,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..terminal_chat import run_chat
 
     adapter = None if arguments.base else adapter_folder(arguments, profile)
+    if adapter is not None and profile.lora is None:  # full fine-tuning leaves a whole model and no adapter
+        profile, adapter = replace(profile, base_model=str(adapter.resolve())), None
     return run_chat(
         profile,
         adapter,

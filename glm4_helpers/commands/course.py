@@ -25,7 +25,7 @@ from . import add_json, add_profile, chosen_profile, show
 HELP = "run the five notebooks, then print the scores before and after"
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers course               copies of all five, into outputs/notebooks/
+  python -m glm4_helpers course               copies of all five, into outputs/notebooks/; some minutes
   python -m glm4_helpers course --only 04 05
   python -m glm4_helpers course --in-place    refreshes the outputs of the committed notebooks"""
 
@@ -36,7 +36,7 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
     parser.add_argument("--only", nargs="+", metavar="NUMBER", help="these notebooks alone, such as 04 05")
-    parser.add_argument("--in-place", action="store_true", help="store the outputs in notebooks/ itself, cleaned")
+    parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself, without widgets and timings")
     add_json(parser)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import SettingError
 from ..profiles import Profile
-from . import adapter_folder, add_json, add_settings, chosen_profile, count, show
+from . import ADAPTER_HELP, adapter_folder, add_json, add_settings, chosen_profile, count, show
 
 HELP = "score the answers before and after fine-tuning on held-out rows"
 EXAMPLES = """\
@@ -23,21 +24,29 @@ examples:
   python -m glm4_helpers evaluate --profile glm-4-9b-lora --baseline glm-4-9b-chat-hf
   python -m glm4_helpers evaluate --profile glm-4-9b-lora --harness ceval-valid_law --limit 50
 
-glm4-nano's answers are right or wrong. The other profiles' data is free text: their rows that training held out give the
-loss per answer token, its perplexity, and the stop rate (the part of the answers that end by themselves). --harness asks
-public benchmarks instead, through lm-eval (python -m pip install -e ".[evaluation]"), to see what was forgotten; C-Eval
-is ceval-valid (52 subjects) or one subject such as ceval-valid_law. `lm-eval ls tasks` lists all."""
+Held-out rows are rows kept out of training. glm4-nano's answers are right or wrong. The other profiles' data is free text:
+it gives the loss per answer token (lower is better), its perplexity (e to that loss), and the stop rate (the part of the
+answers that end by themselves). --harness asks public benchmarks instead, through lm-eval (python -m pip install -e
+".[evaluation]"), to see what was forgotten; C-Eval, a Chinese exam, is ceval-valid (52 subjects) or one subject such as
+ceval-valid_law. `lm-eval ls tasks` lists all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.add_argument(
-        "--half", choices=("test", "dev"), default="test", help="which held-out half, for glm4-nano (default: test)"
+        "--half", choices=("test", "dev"), default="test", help="for glm4-nano: test, which no choice was made with, or dev, on which checkpoints are chosen (default: test)"
     )
-    parser.add_argument("--rows", type=count, metavar="N", help="how many rows, for free text (default: 200)")
+    parser.add_argument("--rows", type=count, metavar="N", help="how many held-out rows, for free text (default: 200)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--adapter", type=Path, metavar="FOLDER", help="the adapter (default: the one that train made)")
-    which.add_argument("--seeds", type=int, nargs="+", metavar="N", help="train with each of these seeds and score all")
+    which.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
+    which.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="train with each of these seeds and score all; "
+        "those trained before (in outputs/PROFILE/seed-N) are only scored",
+    )
     parser.add_argument(
         "--baseline",
         metavar="MODEL",
@@ -51,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    _refuse_unused(arguments)
     if arguments.seeds:
         return _run_seeds(arguments)
     profile = chosen_profile(arguments)
@@ -67,6 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
     result = before_after(profile, adapter, arguments.half, row_count=rows, baseline=baseline)
     show(arguments, result, format_table(result))
     return 0
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    """Raise SettingError for options that would be left aside in silence."""
+    without = ("rows", "baseline", "harness", "limit", "tasks") if arguments.seeds else ("limit", "tasks")
+    given = [f"--{name}" for name in without if getattr(arguments, name) is not None]
+    if given and (arguments.seeds or not arguments.harness):
+        reason = "can't be used with --seeds" if arguments.seeds else "can be used with --harness only"
+        raise SettingError(f"{' and '.join(given)} {reason}.", "Leave it out, or see evaluate --help.")
 
 
 def _baseline(arguments: argparse.Namespace, profile: Profile) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import adapter_folder, add_json, add_settings, chosen_profile, show
+from . import ADAPTER_HELP, adapter_folder, add_json, add_settings, chosen_profile, show
 
 HELP = "merge the adapter into the base model, and certify that the result answers the same"
 EXAMPLES = """\
@@ -16,15 +16,17 @@ examples:
 
 The folder holds bfloat16 weights (18.8 GB for the 9B; room for them is checked first), tokenizer, chat template, stop ids,
 a certificate, and a README with commands for `transformers serve`, vLLM and PEFT. It appears only if 32 prompts are answered
-as base model and adapter answer them."""
+as base model and adapter answer them. For that the whole model is loaded in bfloat16 (about 19 GiB for the 9B, for
+glm-4-9b-qlora too), on the GPU if there is one; CUDA_VISIBLE_DEVICES= in front of the line keeps it off the GPU. Full
+fine-tuning leaves a whole model, which needs no export."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="the adapter (default: the one that train made)")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", type=Path, metavar="FOLDER", help="where to (default: outputs/PROFILE/merged)")
-    where.add_argument("--check", type=Path, metavar="FOLDER", help="only certify a folder that was exported before")
+    where.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (default: outputs/PROFILE/merged)")
+    where.add_argument("--check", type=Path, metavar="FOLDER", help="only compare again a folder that was exported before")
     add_json(parser)
 
 

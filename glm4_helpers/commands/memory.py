@@ -15,27 +15,27 @@ examples:
   python -m glm4_helpers memory --profile glm-4-9b-full --gpus 8 --zero 3
   python -m glm4_helpers memory --profile glm-4-9b-lora --batch 4 --length 1024 --json
 
-Nothing is loaded or measured: this is arithmetic. How far it was off in measurements stands in benchmarks/memory.md."""
+Nothing is loaded or measured: this is arithmetic. benchmarks/memory.md has such sums beside measurements, made on a CPU."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--batch", type=count, metavar="N", help="rows a device (default: the profile's)")
-    parser.add_argument("--length", type=count, metavar="N", help="tokens a row (default: the profile's max_length)")
-    parser.add_argument("--gpus", type=count, metavar="N", help="how many devices share the work (default: 1)")
+    parser.add_argument("--batch", type=count, metavar="N", help="rows in one step of one GPU (default: the profile's)")
+    parser.add_argument("--length", type=count, metavar="N", help="tokens a row (default: the profile's training.max_length)")
+    parser.add_argument("--gpus", type=count, metavar="N", help="how many GPUs train together (default: 1)")
     parser.add_argument(
-        "--zero", type=int, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage; 0 is plain data parallel (default: 0)"
+        "--zero", type=int, choices=(0, 1, 2, 3), help="DeepSpeed's ZeRO stage: the GPUs divide 1 the optimizer, 2 gradients too, 3 weights too; 0 nothing (default: 0)"
     )
     parser.add_argument(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="gradient checkpointing (default: the profile's)",
+        help="gradient checkpointing: compute activations again instead of keeping them (default: the profile's)",
     )
-    parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits (default: the profile's)")
-    parser.add_argument("--device", choices=("gpu", "cpu"), help="what trains (default: gpu)")
+    parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits, or not (default: the profile's)")
+    parser.add_argument("--device", choices=("gpu", "cpu"), help="what trains; glm4-nano trains on a cpu (default: gpu)")
     parser.add_argument(
-        "--gpu-memory", type=gibibytes, metavar="GIB", help="also find the largest batch that fits in so many GiB"
+        "--gpu-memory", type=gibibytes, metavar="GIB", help="also find the largest batch that fits in so many GiB; a card has less than its name says, see nvidia-smi"
     )
     parser.add_argument("--formulas", action="store_true", help="show each part's formula and its source")
     add_json(parser)

@@ -10,20 +10,22 @@ from typing import Any
 
 from . import add_json, count, show
 
-HELP = "make glm4-nano's data again, or pretrain it again"
+HELP = "make glm4-nano's data or the base model itself again (the course does not need it)"
 EXAMPLES = """\
 examples:
   python -m glm4_helpers nano data          writes data/, the same bytes each time
-  python -m glm4_helpers nano pretrain      pretrains the base model from data/pretrain.txt; can be interrupted"""
+  python -m glm4_helpers nano pretrain      then, from data/pretrain.txt: most of an hour; can be interrupted
+
+Both write over what was shipped; `git checkout -- data weights/glm4-nano` brings it back."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    data = steps.add_parser("data", help="write the rows, the cloze facts and the pretraining text")
+    data = steps.add_parser("data", help="write the rows, the cloze facts and the pretraining text over data/")
     data.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: data/ of the course)")
-    data.add_argument("--documents", type=count, metavar="N", help="pretraining documents (default: as for glm4-nano)")
+    data.add_argument("--documents", type=count, metavar="N", help="pretraining documents (default: those of glm4-nano)")
     add_json(data)
-    pretrain = steps.add_parser("pretrain", help="pretrain the base model; goes on where it was interrupted")
+    pretrain = steps.add_parser("pretrain", help="pretrain the base model over weights/glm4-nano; goes on where it was interrupted")
     pretrain.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: weights/glm4-nano)")
     pretrain.add_argument("--epochs", type=count, metavar="N", help="passes over the text (default: as for glm4-nano)")
     pretrain.add_argument("--compile", action="store_true", help="use torch.compile: needs a C++ compiler, a little faster")

@@ -10,19 +10,21 @@ from . import add_json, add_profile, chosen_profile, count, show
 HELP = "try a profile's whole path at its true shape with random weights"
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers rehearse --profile glm-4-9b-lora --layers 2     minutes, 4 GiB of memory and disk
-  python -m glm4_helpers rehearse --profile glm-4-9b-lora                all layers: 22 GiB of memory, 19 GiB of disk
+  python -m glm4_helpers rehearse --profile glm-4-9b-lora --layers 2     minutes, 5 GiB of memory and disk
+  python -m glm4_helpers rehearse --profile glm-4-9b-lora                all layers: 22 GiB of memory, 20 GiB of disk
   python -m glm4_helpers rehearse --profile glm-4-9b-qlora --keep --folder /data/rehearsal
 
-Builds the model, loads it, trains, is killed, resumes, loads the adapter and answers. Nothing is downloaded, no GPU is
-needed, and the answers mean nothing. Memory is measured in each stage and stands beside the estimate of `memory`."""
+To be run before a GPU is rented. Builds the model with random weights, loads it, trains, kills the training, resumes it,
+loads the adapter and answers. Nothing is downloaded, no GPU is needed, and the answers mean nothing. The memory of each stage
+(RAM; CUDA_VISIBLE_DEVICES= in front keeps it off a GPU) stands beside the estimate of `memory`. Linux and macOS only;
+glm-4-9b-qlora needs bitsandbytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
-    parser.add_argument("--layers", type=count, metavar="N", help="so many layers only (default: all)")
+    parser.add_argument("--layers", type=count, metavar="N", help="the first N layers only (default: all)")
     parser.add_argument("--tokens", type=count, default=256, metavar="N", help="tokens of each row (default: 256)")
-    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to build (default: outputs/rehearsal)")
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to build, empty or absent (default: outputs/rehearsal)")
     parser.add_argument("--keep", action="store_true", help="keep the folder when done (it is large)")
     add_json(parser)
 

@@ -13,21 +13,38 @@ examples:
   python -m glm4_helpers train                              glm4-nano, some minutes on a CPU
   python -m glm4_helpers train                              again: goes on, or says that it is done
   python -m glm4_helpers train --force                      from the start, whatever is there
+  python -m glm4_helpers train --profile glm-4-9b-lora --set training.epochs=0.02 --output outputs/try    how long will it take?
   python -m glm4_helpers train --set training.epochs=1 --set lora.r=16 --output outputs/short
-  python -m glm4_helpers train --config configs/train_nano.yaml --tracking cloud"""
+  python -m glm4_helpers train --config configs/train_nano.yaml --tracking cloud    after `swanlab login`
+
+Where a finished adapter belongs to these settings, rows, base model and package versions, it is kept, and nothing is trained.
+Where something has changed, it is trained anew, and the new adapter takes the place of the old one once it is whole."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the adapter goes (default: in outputs/)")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same as --set training.seed=N")
-    parser.add_argument("--force", action="store_true", help="train again, even if a finished adapter is there")
-    parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="this run's folder: the result goes to adapter/ in it (full fine-tuning: model/), "
+        "checkpoints to checkpoints/ (default: outputs/PROFILE)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as --set training.seed=N (default: the profile's, 42)")
+    parser.add_argument(
+        "--force", action="store_true", help="train from the start even if a finished adapter is there; its checkpoints go"
+    )
+    parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="drop an unfinished run and start anew (default: go on from its newest checkpoint); a finished one needs --force",
+    )
     parser.add_argument(
         "--tracking",
         choices=("offline", "local", "cloud", "disabled"),
         default="offline",
-        help="where SwanLab keeps the run (default: offline, which needs no account and no network)",
+        help="where SwanLab, which records losses and answers, keeps the run: offline (the default) in outputs/swanlog, "
+        "without account or network; local for its dashboard, which is a package of its own; cloud after `swanlab login`",
     )
     add_json(parser)
 
