@@ -121,7 +121,7 @@ def _client(notebook, folder: Path, cell_starts):
         """The kernel runs in this Python, whatever kernel called python3 the user may have registered."""
 
         def format_kernel_cmd(self, extra_arguments=None):
-            return [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file]
+            return [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", self.connection_file]
 
     return NotebookClient(
         notebook,
