@@ -143,9 +143,13 @@ def dashboard(folder: Path, path: str):
             return json.load(reply)["data"]
 
     try:
-        for line in server.stdout:
-            if "ready" in line:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:  # it says "ready" before it listens
+            try:
+                ask("project")
                 break
+            except OSError:
+                time.sleep(0.5)
         yield ask
     finally:
         server.terminate()
