@@ -98,6 +98,7 @@ def load_base_model(
     model.generation_config.max_length = None  # chat models ship one, and transformers warns at every answer
     if profile.quantization is not None and device.type == "cpu":
         _keep_trainable(model)
+        _close_files(model)
     return model.eval() if profile.quantization is not None else model.to(device).eval()
 
 
@@ -209,6 +210,16 @@ def _keep_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _close_files(model: nn.Module) -> None:
+    """Copy the weights that are not quantized out of the files they are mapped from.
+
+    The files would stay in memory with all that was read of them, the weights in 16 bits that are not needed any more.
+    """
+    for weight in model.parameters():
+        if weight.dtype.is_floating_point:  # 4-bit ones are bytes
+            weight.data = weight.data.clone()
 
 
 def _computes_bfloat16() -> bool:
