@@ -68,7 +68,8 @@ class MarkComplete(TrainerCallback):
     """Marks each checkpoint once all of its files are there, so that one cut short can be told from a whole one.
 
     Before the mark comes which base model the checkpoint belongs to, so that it loads like a finished adapter.
-    It also has the trainer log wherever it saves: the mean loss since the last log is not part of a checkpoint.
+    It also has the trainer log wherever it saves, since the mean loss since the last log is not part of a checkpoint, and
+    at the last step, so that a run shorter than the distance between two logs has a loss, too.
     """
 
     def __init__(self, profile: Profile, resumed_from: Path | None = None) -> None:
@@ -85,7 +86,7 @@ class MarkComplete(TrainerCallback):
         self.started_at = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save or control.should_evaluate:
+        if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):

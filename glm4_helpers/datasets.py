@@ -175,6 +175,18 @@ def encode_and_count(
     return datasets.Dataset.from_dict(columns), counts
 
 
+def can_be_learned(messages: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the conversation has all of its questions and answers, and ends with an answer."""
+    return not _emptiness(messages)
+
+
+def data_source(data: str) -> str | Path:
+    """A profile's data as `load_messages` takes it: paths count from the course folder, whatever the working folder is;
+    the rest are hub ids."""
+    path = home() / data
+    return path if path.exists() else data
+
+
 def local_copy(hub_id: str) -> Path:
     """Where a downloaded data set lands: data/NAME.json, NAME being the part of the hub id after the slash."""
     return data_dir() / _copy_name(hub_id)

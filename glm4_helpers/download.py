@@ -47,8 +47,8 @@ def download(
     """Fetch the profile's base model to its folder in weights/ and return the folder.
 
     What is there already is kept, and a file that was cut short is gone on with. ``repository`` None takes the
-    profile's; one of another name, such as a chat model to compare with, goes to weights/NAME. ``endpoint`` None the hub's own address, or HF_ENDPOINT or MODELSCOPE_ENDPOINT. Raises SettingError for
-    a model in the old format, MachineError for too little disk space or a hub that can't be reached, and ModelError
+    profile's; one of another name, such as a chat model to compare with, goes to weights/NAME. ``endpoint`` None takes
+    HF_ENDPOINT or MODELSCOPE_ENDPOINT, else the hub's own address. Raises SettingError for a model in the old format, MachineError for too little disk space or a hub that can't be reached, and ModelError
     where files are missing or damaged afterwards.
     """
     repository = repository or hub_id(profile, source)

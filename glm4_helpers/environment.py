@@ -28,20 +28,20 @@ GIB = 2**30
 # Instructions that make bfloat16 or float32 arithmetic fast, as Linux names them.
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
-# Families that matplotlib can draw Chinese with, on Linux, macOS and Windows.
-CJK_FONTS = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei", "PingFang SC", "PingFang HK", "Hiragino Sans GB", "Heiti TC", "STHeiti", "Songti SC",
-    "Arial Unicode MS", "Microsoft YaHei", "SimHei", "SimSun",
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Heiti SC", "PingFang HK", "Heiti TC", "STHeiti", "Songti SC",
+    "SimSun", "Arial Unicode MS", "Noto Sans CJK JP",
 )  # fmt: skip
+"""Families with Chinese glyphs on Linux, macOS and Windows, in the order they are preferred; plots use the first one
+installed."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator as torch sees it; ``kind`` is "cuda" (ROCm too) or "mps", memory in GiB."""
+    """A GPU of NVIDIA or AMD as torch sees it, memory in GiB. Apple's are left out: training does not use them."""
 
     name: str
-    kind: str
     memory_gib: float
     bfloat16: bool
 
@@ -308,11 +308,12 @@ def _profile_check(here: Machine, name: str) -> Check:
     """Whether the hardware is enough; packages and files can be fetched and are left out."""
     profile = get_profile(name)
     need = needs(profile)
-    wanted = f"{need.memory_gib:.0f} GiB memory, {need.disk_gib:.0f} GiB disk"
+    disk_gib = need.disk_gib - _downloaded_gib(profile)
+    wanted = f"{need.memory_gib:.0f} GiB memory, {disk_gib:.0f} GiB disk"
     if need.gpu_memory_gib:
         where = "one GPU" if profile.lora else "all GPUs together"
         wanted += f", {need.gpu_memory_gib:.0f} GiB on {where} with bfloat16"
-    ok = _gpu_check(here, profile).ok and here.memory_gib >= need.memory_gib and here.disk_free_gib >= need.disk_gib
+    ok = _gpu_check(here, profile).ok and here.memory_gib >= need.memory_gib and here.disk_free_gib >= disk_gib
     return Check(name, ok, f"needs {wanted}", "" if ok else "Take a larger machine, or a smaller profile.")
 
 
@@ -408,7 +409,7 @@ def _font_check() -> Check:
     except ImportError:
         return Check("Chinese font", False, "matplotlib can't be imported", 'python -m pip install "matplotlib>=3.8"')
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    for family in CJK_FONTS:
+    for family in CHINESE_FONTS:
         if family in installed:
             return Check("Chinese font", True, family)
     if any((Path(__file__).parent / "fonts").glob("*.[ot]tf")):
@@ -421,16 +422,13 @@ def _font_check() -> Check:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """The GPUs that torch can use; empty without torch or without a GPU."""
+    """The GPUs that training can use; empty without torch or without a GPU."""
     try:
         import torch
     except (ImportError, OSError):
         return ()
     if torch.cuda.is_available():
         return tuple(_cuda_gpu(index) for index in range(torch.cuda.device_count()))
-    if torch.backends.mps.is_available():
-        size = torch.mps.recommended_max_memory() / GIB
-        return (Gpu(_cpu_name(), "mps", round(size, 1), bfloat16=_macos_version() >= (14,)),)
     return ()
 
 
@@ -440,11 +438,7 @@ def _cuda_gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     # Capability 8.0 is Ampere, the first with bfloat16 in hardware; on ROCm the number means something else.
     bfloat16 = bool(torch.version.hip) or (properties.major, properties.minor) >= (8, 0)
-    return Gpu(properties.name, "cuda", round(properties.total_memory / GIB, 1), bfloat16)
-
-
-def _macos_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
+    return Gpu(properties.name, round(properties.total_memory / GIB, 1), bfloat16)
 
 
 def _cpu_name() -> str:

@@ -20,10 +20,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .chat_format import IGNORE, TERMINATOR, encode, stop_ids
-from .datasets import load_messages, split, to_messages
+from .datasets import can_be_learned, data_source, load_messages, split, to_messages
 from .errors import DataError, ModelError
 from .generation import Answer, answers, continuations
-from .models import adapter_off, check_adapter, load_adapter, load_base_model, load_tokenizer, meta_model
+from .models import (
+    adapter_off,
+    base_folder,
+    check_adapter,
+    check_weights,
+    load_adapter,
+    load_base_model,
+    load_tokenizer,
+    meta_model,
+)
 from .paths import home
 from .profiles import Profile, get_profile, profile_names
 
@@ -128,8 +137,8 @@ def evaluate_rows(
     """Answer every row greedily and score it. Rows are as `to_messages` takes them, with `check` where an answer can be
     right; the loss expects `terminator` after each answer."""
     conversations = [to_messages(row, where=f"row {number}") for number, row in enumerate(rows, 1)]
-    given = _answers_by_length(model, tokenizer, conversations, batch_size, max_new_tokens)
     checked = all("check" in row for row in rows)
+    given = _answers_by_length(model, tokenizer, conversations, batch_size, max_new_tokens, checked)
     right = [is_right(row, answer) if checked else None for row, answer in zip(rows, given, strict=True)]
     records = tuple(
         {
@@ -158,15 +167,20 @@ def _answers_by_length(
     conversations: Sequence[Sequence[Mapping[str, str]]],
     batch_size: int,
     max_new_tokens: int,
+    checked: bool,
 ) -> list[Answer]:
-    """Answers in order; rows with a short reference get a limit of 64 tokens, so that a base model, which goes
-    on for a hundred or more, does not cost minutes. No right answer of theirs comes near it. Stop rates are within it."""
+    """Answers in order, a batch to rows of like length.
+
+    Where answers are right or wrong (`checked`), rows with a short reference get a limit of 64 tokens, so that a base
+    model, which goes on for a hundred or more, does not cost minutes: no right answer of theirs comes near it. Stop
+    rates are within the limit.
+    """
     references = [messages[-1]["content"] for messages in conversations]
     lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]]
     given: dict[int, Answer] = {}
     for long in (False, True):
         chosen = [index for index, length in enumerate(lengths) if (length > 48) == long]
-        limit = max_new_tokens if long else min(64, max_new_tokens)
+        limit = min(64, max_new_tokens) if checked and not long else max_new_tokens
         wanted = [conversations[index][:-1] for index in chosen]  # without the reference answer
         given |= zip(chosen, answers(model, tokenizer, wanted, max_new_tokens=limit, batch_size=batch_size), strict=True)
     return [given[index] for index in range(len(conversations))]
@@ -274,7 +288,7 @@ def read_free_text(
     """
     held_out = sorted(_held_out_messages(profile), key=_digest)
     limit = profile.training.max_length
-    usable = (messages for messages in held_out if _is_whole(tokenizer, messages, limit))
+    usable = (messages for messages in held_out if _is_kept(tokenizer, messages, limit))
     rows = [{"id": str(number), "messages": messages} for number, messages in zip(range(1, count + 1), usable)]
     if not rows:
         raise DataError(
@@ -287,27 +301,19 @@ def read_free_text(
 def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
     """The dev conversations, split off as training does it."""
     if profile.dev_data is not None:
-        return load_messages(_source(profile.dev_data))["messages"]
+        return load_messages(data_source(profile.dev_data))["messages"]
     if not profile.dev_fraction:
         raise DataError(f"{profile.name} holds no rows out.", "Train with dev_fraction=0.05, or give dev_data.")
-    return split(load_messages(_source(profile.train_data)), profile.dev_fraction, profile.training.seed)[1]["messages"]
-
-
-def _source(data: str) -> str | Path:
-    """A profile's paths count from the course folder; the rest are hub ids."""
-    path = home() / data
-    return path if path.exists() else data
+    return split(load_messages(data_source(profile.train_data)), profile.dev_fraction, profile.training.seed)[1]["messages"]
 
 
 def _digest(messages: Sequence[Mapping[str, str]]) -> bytes:
     return hashlib.sha256("\n".join(f"{turn['role']}\n{turn['content']}" for turn in messages).encode()).digest()
 
 
-def _is_whole(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int) -> bool:
-    """Whether training would keep the conversation: it ends with an answer, has no blank turn, and is short enough."""
-    if messages[-1]["role"] != "assistant" or not all(turn["content"].strip() for turn in messages):
-        return False
-    return len(encode(tokenizer, messages)["input_ids"]) <= max_length
+def _is_kept(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int) -> bool:
+    """Whether training would keep the conversation: it has questions and answers, and is short enough."""
+    return can_be_learned(messages) and len(encode(tokenizer, messages)["input_ids"]) <= max_length
 
 
 def scores(
@@ -371,7 +377,8 @@ def before_after(
 
 
 def check_trained(profile: Profile, trained: Path) -> None:
-    """An unfit adapter is refused before the base model, which may take minutes, is loaded."""
+    """Absent weights and an unfit adapter are refused before the base model, which may take minutes, is loaded."""
+    check_weights(base_folder(profile), profile)
     if profile.lora is not None:
         check_adapter(meta_model(profile), trained, profile)
 

@@ -136,7 +136,7 @@ class Shape:
         """All parameters."""
         return self.linear + self.kept
 
-    def outputs(self, target: str) -> int:
+    def lora_width(self, target: str) -> int:
         """Inputs plus outputs of one linear module, by which the size of its LoRA pair grows."""
         sizes = {
             "q_proj": self.hidden + self.query,
@@ -367,7 +367,7 @@ def _trained(shape: Shape, setting: Setting, profile: Profile) -> Iterator[Part]
 
 def lora_parameters(shape: Shape, profile: Profile) -> int:
     """Trainable parameters of the profile's adapter: r x (inputs + outputs) for each target in each layer."""
-    return shape.layers * profile.lora.r * sum(shape.outputs(target) for target in profile.lora.target_modules)
+    return shape.layers * profile.lora.r * sum(shape.lora_width(target) for target in profile.lora.target_modules)
 
 
 def _activations(shape: Shape, setting: Setting, profile: Profile) -> Part:

@@ -141,13 +141,13 @@ def faster_dtype() -> torch.dtype:
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if not _cpu_has_bf16():
+    if not cpu_has_bf16():
         return torch.float32
     seconds = _step_seconds(torch.float32, torch.bfloat16)
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.1 < seconds[torch.float32] else torch.float32
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AMX, AVX-512 or ARM), as torch or the kernel names it."""
     known = {"amx_bf16", "avx512_bf16", "sve_bf16", "svebf16", "bf16"}
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.6, the oldest allowed, has no such function

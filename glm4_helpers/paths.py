@@ -10,6 +10,9 @@ from pathlib import Path
 
 from .errors import CourseError, SettingError
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints, beside its adapter."""
+
 
 def home() -> Path:
     """The course folder: GLM4_HOME, else the nearest folder upward that holds glm4_helpers/ and weights/.

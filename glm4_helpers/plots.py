@@ -17,17 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+from .environment import CHINESE_FONTS
+
 BEFORE, AFTER, ACCENT = "#8a94a6", "#1f6fb2", "#c2571a"
 """Grey before, blue after, orange for what is pointed at: told apart without colour vision, too."""
 
 CYCLE = ("#1f6fb2", "#c2571a", "#3d8b5f", "#8659a8", "#b0902c", "#8a94a6", "#bd4a6e")
 TEXT, FAINT, BACKGROUND = "#1f2430", "#d7dbe3", "#fcfcfd"
-
-CHINESE_FAMILIES = (
-    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
-    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Heiti SC", "Arial Unicode MS", "Noto Sans CJK JP",
-)  # fmt: skip
-"""Families with Chinese glyphs in the order they are preferred; the first one installed is used."""
 
 SHIPPED_FONT = Path(__file__).parent / "fonts" / "CourseSansSC-Regular.otf"
 SHIPPED_FAMILY = "Course Sans SC"
@@ -62,7 +58,7 @@ MEMORY_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
 def chinese_family() -> str:
     """The installed family that Chinese is drawn with; the shipped subset, registered here, where there is none."""
     installed = {font.name for font in fontManager.ttflist}
-    found = next((family for family in CHINESE_FAMILIES if family in installed), None)
+    found = next((family for family in CHINESE_FONTS if family in installed), None)
     if found is None:
         fontManager.addfont(SHIPPED_FONT)
     return found or SHIPPED_FAMILY
@@ -238,12 +234,10 @@ def _legend_below(figure: Figure, axis: Axes) -> None:
 def loss_figure(
     log_history: Sequence[Mapping[str, Any]],
     dev: Sequence[Mapping[str, float]] | None = None,
-    total_steps: int | None = None,
 ) -> Figure:
     """Training loss by step, as logged and smoothed, with the dev loss where it was measured.
 
     `log_history` is the trainer's. `dev` are mappings of step and loss; None takes the history's own eval_loss.
-    `total_steps` fixes the width of a plot that grows during training.
     """
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
     points = _dev_points(log_history) if dev is None else [(row["step"], row["loss"]) for row in dev]
@@ -256,7 +250,7 @@ def loss_figure(
         axis.plot(*zip(*points), "o-", color=ACCENT, linewidth=1.5, label="dev loss")
     axis.set_xlabel("step")
     axis.set_ylabel("loss (nats per answer token)")
-    axis.set_xlim(0, total_steps or max((step for step, _ in [*train, *points]), default=1))
+    axis.set_xlim(0, 1.02 * max((step for step, _ in [*train, *points]), default=1))
     axis.set_ylim(bottom=0)
     axis.grid(axis="y")
     if train or points:
@@ -403,9 +397,10 @@ def memory_figure(parts: Mapping[str, Mapping[str, float]], limit: float | None 
     order = [part for part in MEMORY_PARTS if part in seen] + sorted(seen - set(MEMORY_PARTS))
     figure, axis = new_figure(8.5, 1.5 + 0.55 * len(parts))
     left = [0.0] * len(parts)
-    for part, colour in zip(order, CYCLE):
+    for number, part in enumerate(order):
         widths = [bar.get(part, 0) / unit for bar in parts.values()]
-        axis.barh(range(len(parts)), widths, 0.6, left=left, color=colour, label=part, edgecolor=BACKGROUND)
+        look = {"color": CYCLE[number % len(CYCLE)], "hatch": "///" * (number // len(CYCLE)), "edgecolor": BACKGROUND}
+        axis.barh(range(len(parts)), widths, 0.6, left=left, label=part, **look)
         left = [start + width for start, width in zip(left, widths)]
     for place, total in enumerate(left):
         box = {"facecolor": BACKGROUND, "edgecolor": "none", "pad": 1.5}

@@ -22,12 +22,15 @@ from transformers import TrainerCallback
 
 from . import memory
 from .errors import CourseError, MachineError, SettingError
-from .profiles import Profile, get_profile
+from .profiles import Profile, get_profile, profile_settings
 
 GIB = 2**30
 SHARD_BYTES = 2 * GIB
 POOL = 16_777_213
 """Random numbers that weights are filled from, a prime so that no two rows of a matrix start alike."""
+
+SHORTEST_ROW = 12
+"""Tokens: 7 of the chat format, 4 of a question, 1 of an answer."""
 
 ROWS, CHECKPOINT_AT, KILLED_IN, NEW_TOKENS = 3, 2, 3, 4
 STAGES = ("load", "train", "resume", "reload")
@@ -58,9 +61,13 @@ def rehearse(
 ) -> list[Stage]:
     """Walk the whole path in `folder`, which must be empty or absent and is left behind for a look.
 
-    `layers` None means all. `stages` are those that follow the building, in their order. Each stage is handed to `report` when it is done. Raises MachineError for too little memory
-    or disk before anything is written, and CourseError for the first stage that goes wrong.
+    `layers` None means all. `stages` are those that follow the building, in their order. Each stage is handed to
+    `report` when it is done. Before anything is written, SettingError is raised for a folder that is not empty and for
+    rows too short for an answer, MachineError for too little memory or disk; later CourseError for the first stage that
+    goes wrong.
     """
+    if tokens < SHORTEST_ROW:
+        raise SettingError(f"Rows of {tokens} tokens have no room for an answer.", f"Give --tokens {SHORTEST_ROW} or more.")
     config = model_config(profile, layers)
     folder = Path(folder).resolve()
     _check_folder(folder)
@@ -191,8 +198,8 @@ def _in_process(stage: str, profile: Profile, folder: Path, tokens: int, batch_s
     result = folder / f"{stage}.json"
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     job = {
-        "stage": stage, "profile": profile.name, "tokens": tokens, "batch_size": batch_size, "result": str(result),
-        "checkpointing": profile.training.gradient_checkpointing,
+        "stage": stage, "profile": profile_settings(profile), "tokens": tokens, "batch_size": batch_size,
+        "result": str(result),
     }  # fmt: skip
     finished = subprocess.run(
         [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({job!r})"],
@@ -214,8 +221,8 @@ def work(job: dict[str, Any]) -> None:
 
     from . import generation, training  # noqa: F401
 
-    chosen = get_profile(job["profile"], **{"training.gradient_checkpointing": job["checkpointing"]})
-    profile = _rehearsed(chosen, job["tokens"], job["batch_size"])
+    settings = dict(job["profile"])
+    profile = _rehearsed(get_profile(settings.pop("name"), **settings), job["tokens"], job["batch_size"])
     baseline = _reset_peak()
     keep = _Keeper(Path(job["result"]), baseline)
     keep({"load": _load, "train": _train, "resume": _resume, "reload": _reload}[job["stage"]](profile, keep))

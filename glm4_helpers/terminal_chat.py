@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import CourseError, ModelError, SettingError
 from .generation import Answer, check_settings, fit_history, stream
 from .models import adapter_off, base_folder, check_adapter, load_adapter, load_base_model, load_tokenizer
-from .paths import outputs_dir, shown
+from .paths import CHECKPOINTS, outputs_dir, shown
 from .profiles import Profile
 
 HELP = """\
@@ -57,13 +57,12 @@ def run_chat(
     max_new_tokens: int | None = None,
     system: str | None = None,
     seed: int | None = None,
-    dtype: str | None = None,
 ) -> int:
     """Chat until /exit or the end of input; returns the exit status 0.
 
-    `adapter_dir` None chats with the base model alone; `max_new_tokens`, `system` and `dtype` None take the
-    profile's (for "auto" float32). In a terminal lines are edited and Ctrl-C stops an answer only. Over a pipe every
-    input line is a message or a command, standard output holds the answers alone, and notices go to standard error.
+    `adapter_dir` None chats with the base model alone; `max_new_tokens` and `system` None take the profile's. In a
+    terminal lines are edited and Ctrl-C stops an answer only. Over a pipe every input line is a message or a command,
+    standard output holds the answers alone, and notices go to standard error.
     Raises SettingError for settings out of range, ModelError where weights or adapter are absent or do not fit.
     """
     length = profile.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -72,7 +71,7 @@ def run_chat(
     console = _Terminal(profile.name) if sys.stdin.isatty() and sys.stdout.isatty() else _Pipe()
     tokenizer = load_tokenizer(profile)
     # "auto" is about training speed; answers are to be those that evaluation scores, in float32.
-    model = load_base_model(profile, dtype or ("float32" if profile.dtype == "auto" else None))
+    model = load_base_model(profile, "float32" if profile.dtype == "auto" else None)
     _check_room(model, length)
     chat = Chat(profile, tokenizer, model, settings, console, system if system is not None else profile.system_prompt)
     if adapter_dir is not None:
@@ -234,10 +233,11 @@ class Chat:
         self.console.note(self._voice())
 
     def _checkpoints(self) -> dict[str, Path]:
-        """Folders with an adapter, by name: beside and inside the one in use, or in outputs/<profile>."""
-        root = self.adapter_dir.parent if self.adapter_dir else outputs_dir(self.profile.name)
-        inside = self.adapter_dir.glob("checkpoint-*/adapter_config.json") if self.adapter_dir else ()
-        files = [*root.glob("*/adapter_config.json"), *inside]
+        """Folders with an adapter, by name, in the run of the one in use, or in outputs/<profile>."""
+        run = self.adapter_dir.parent if self.adapter_dir else outputs_dir(self.profile.name)
+        if run.name == CHECKPOINTS:
+            run = run.parent
+        files = [*run.glob("*/adapter_config.json"), *run.glob(f"{CHECKPOINTS}/*/adapter_config.json")]
         return {file.parent.name: file.parent for file in sorted(files, key=lambda file: _natural(file.parent.name))}
 
     def _save(self, name: str) -> None:

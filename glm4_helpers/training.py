@@ -41,10 +41,10 @@ from .callbacks import (
     read_json,
     write_json,
 )
-from .datasets import encode_rows, fingerprint, load_messages, split
+from .datasets import data_source, encode_rows, fingerprint, load_messages, split
 from .environment import machine, require_room
 from .errors import SettingError
-from .paths import home, outputs_dir, shown
+from .paths import CHECKPOINTS, outputs_dir, shown
 from .profiles import Profile, profile_settings
 
 if TYPE_CHECKING:
@@ -212,16 +212,10 @@ class _Rows:
 
 def _messages(profile: Profile) -> tuple[Dataset, Dataset | None]:
     """Training and dev conversations of the profile."""
-    rows = load_messages(_source(profile.train_data))
+    rows = load_messages(data_source(profile.train_data))
     if profile.dev_data is not None:
-        return rows, load_messages(_source(profile.dev_data))
+        return rows, load_messages(data_source(profile.dev_data))
     return split(rows, profile.dev_fraction, profile.training.seed) if profile.dev_fraction else (rows, None)
-
-
-def _source(data: str) -> str | Path:
-    """A profile's paths count from the course folder, whatever the working folder is; the rest are hub ids."""
-    path = home() / data
-    return path if path.exists() else data
 
 
 def _rows(profile: Profile, tokenizer: PreTrainedTokenizerBase, train: Dataset, dev: Dataset | None) -> _Rows:
@@ -320,7 +314,7 @@ def train(
         rows = _rows(profile, tokenizer, *messages)  # before anything of an earlier run is removed
         facts = _facts(profile, *messages)
         _require_room(profile, output, rows)
-        start = _shared(lambda: _start(profile, output / "checkpoints", facts, resume))
+        start = _shared(lambda: _start(profile, output / CHECKPOINTS, facts, resume))
         return _train(profile, output, tokenizer, rows, facts, start, tracking_mode, callbacks)
 
 
@@ -365,7 +359,7 @@ def _train(
     tracking_mode: str,
     callbacks: Sequence[TrainerCallback],
 ) -> TrainingResult:
-    work = output / "checkpoints"
+    work = output / CHECKPOINTS
     dtype = getattr(torch, start.dtype)
     config = sft_config(profile, work, dtype)  # before the model: DeepSpeed's ZeRO-3 loads weights by it
     model = models.load_base_model(profile, dtype)
@@ -393,7 +387,7 @@ def _tracked(profile: Profile, output: Path, start: _Start, mode: str) -> Iterat
         yield None
         return
     run = tracking.start_run(mode, name=profile.name, config=profile_settings(profile), earlier=start.tracked)
-    run_file = output / "checkpoints" / RUN_FILE
+    run_file = output / CHECKPOINTS / RUN_FILE
     write_json(run_file, {**read_json(run_file), "tracking": run.settings()})
     if start.tracked:
         tracking.replay(*_history(start.checkpoint), start.tracked)
@@ -627,10 +621,14 @@ def _record(
 
 
 def why_train(profile: Profile, adapter_dir: Path) -> str:
-    """In words, why the finished adapter is not this profile's; empty where it is."""
+    """In words, why the finished adapter is not this profile's; empty where it is.
+
+    Raises ModelError where the base model, which the adapter has to be compared with, is absent or damaged.
+    """
     record = read_json(adapter_dir / TRAINING_FILE)
     if record is None:
         return f"there is no finished adapter in {shown(adapter_dir)}"
+    models.check_weights(models.base_folder(profile), profile)
     now = _facts(profile, *_messages(profile))
     changed = _difference(record["facts"], {**now, "processes": record["facts"]["processes"]})
     return f"the adapter in {shown(adapter_dir)} was made otherwise ({changed})" if changed else ""

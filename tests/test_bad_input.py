@@ -609,6 +609,21 @@ def _(folder):
     return command("evaluate", "--seeds", "1", "--rows", "5", "--baseline", "none")
 
 
+@case("a number of rows for scores that take all rows", "--rows can't be used with glm4-nano")
+def _(folder):
+    return command("evaluate", "--rows", "5")
+
+
+@case("a half of data that has none", "--half can't be used with glm-4-9b-lora")
+def _(folder):
+    return command("evaluate", "--profile", "glm-4-9b-lora", "--half", "dev")
+
+
+@case("held-out rows for a public benchmark", "--half and --rows can't be used with --harness")
+def _(folder):
+    return command("evaluate", "--half", "dev", "--rows", "5", "--harness", "ceval-valid_law")
+
+
 @case("options of public benchmarks without a benchmark", "--limit", "--harness only")
 def _(folder):
     return command("evaluate", "--limit", "5")
@@ -622,6 +637,11 @@ def _(folder):
 @case("a ZeRO stage that 4-bit weights can't have", "ZeRO stage 3", "4-bit")
 def _(folder):
     return command("memory", "--profile", "glm-4-9b-qlora", "--zero", "3")
+
+
+@case("a rehearsal with rows too short for an answer", "no room for an answer", "--tokens 12")
+def _(folder):
+    return command("rehearse", "--layers", "1", "--tokens", "11", "--folder", folder / "rehearsal")
 
 
 @case("a rehearsal in a folder with files in it", "data is not empty", "nothing was overwritten")

@@ -175,6 +175,11 @@ def test_a_reader_that_leaves_early_causes_no_complaint():
         ("system_prompt=你是助手。", "system_prompt", "你是助手。"),
         ("system_prompt=a=b", "system_prompt", "a=b"),
         ("system_prompt=null", "system_prompt", None),
+        ("system_prompt=用一句话回答: 简短", "system_prompt", "用一句话回答: 简短"),
+        ("system_prompt=#1", "system_prompt", "#1"),
+        ("system_prompt=yes", "system_prompt", "yes"),
+        ("system_prompt=2026-01-01", "system_prompt", "2026-01-01"),
+        ('system_prompt="7"', "system_prompt", "7"),
     ],
 )
 def test_values_of_set_are_read_as_a_learner_means_them(pair, key, value):

@@ -21,8 +21,8 @@ LAPTOP = Machine(
     gpus=(),
     torch="2.13.0",
 )
-L4 = Gpu("NVIDIA L4", "cuda", 22.0, bfloat16=True)
-T4 = Gpu("Tesla T4", "cuda", 14.7, bfloat16=False)
+L4 = Gpu("NVIDIA L4", 22.0, bfloat16=True)
+T4 = Gpu("Tesla T4", 14.7, bfloat16=False)
 
 
 def test_this_machine_is_described_in_plain_positive_figures():
@@ -102,8 +102,11 @@ def test_weights_that_are_here_already_need_no_more_room(tmp_path, monkeypatch):
     (tmp_path / profile.base_model).mkdir(parents=True)
     with (tmp_path / profile.base_model / "model-00001-of-00001.safetensors").open("wb") as file:
         file.truncate(18 * 2**30)
-    disk = next(check for check in environment.doctor(profile).checks if check.name == "disk")
-    assert disk.found.endswith(f"{environment.needs(profile).disk_gib - 18:.0f} needed")
+    report = environment.doctor(profile)
+    disk = next(check for check in report.checks if check.name == "disk")
+    listed = next(check for check in report.profiles if check.name == profile.name)
+    left = f"{environment.needs(profile).disk_gib - 18:.0f}"
+    assert disk.found.endswith(f"{left} needed") and f"{left} GiB disk" in listed.found
 
 
 def test_a_driver_without_a_torch_that_uses_it_is_named(monkeypatch):

@@ -13,8 +13,9 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 
-from glm4_helpers import plots
+from glm4_helpers import memory, plots
 from glm4_helpers.evaluation import accuracy
+from glm4_helpers.profiles import get_profile
 
 
 def score(right, total=20):
@@ -116,10 +117,6 @@ def test_loss_takes_dev_from_the_history_or_from_the_caller():
     assert dev_points(plots.loss_figure(HISTORY, dev=[{"step": 5, "loss": 1.5}])) == [(5, 1.5)]
 
 
-def test_an_empty_history_gives_an_empty_plot_as_wide_as_the_run():
-    assert plots.loss_figure([], total_steps=300).axes[0].get_xlim() == (0, 300)
-
-
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
     assert plots.smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert plots.smoothed([10.0, 0.0])[0] == pytest.approx(10.0)
@@ -163,6 +160,13 @@ def test_kinds_of_rows_are_counted_from_rows_or_taken_as_counts():
 def test_memory_in_gibibytes_or_mebibytes():
     assert "1 GiB" in texts(plots.memory_figure({"bar": {"weights": 2**29, "activations": 2**29}}))
     assert "12 MiB" in texts(plots.memory_figure({"bar": {"weights": 12 * 2**20}}))
+
+
+def test_memory_shows_every_part_of_an_estimate_and_their_sum():
+    estimate = memory.estimate(get_profile("glm-4-9b-qlora"))
+    axis = plots.memory_figure({"QLoRA": estimate.by_part()}).axes[0]
+    assert sum(bar.get_width() for bar in axis.patches) == pytest.approx(estimate.total_gib)
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in axis.patches}) == len(estimate.parts) > 7
 
 
 # Fonts

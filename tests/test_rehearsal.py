@@ -110,6 +110,18 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "kept"
 
 
+def test_an_empty_folder_is_emptied_again(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+
+    def build_only(profile, folder, *rest):
+        (folder / "large").write_text("weights")
+        return []
+
+    monkeypatch.setattr(rehearsal, "rehearse", build_only)
+    assert main(["rehearse", "--profile", "glm-edge-1.5b", "--folder", str(tmp_path / "mine"), "--json"]) == 0
+    assert not (tmp_path / "mine" / "large").exists()
+
+
 def test_too_little_memory_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(MachineError, match=r"needs about \d+\.\d GiB; \d+\.\d GiB are there"):
         rehearsal.rehearse(get_profile("glm-4-9b-full"), tmp_path / "new", tokens=100_000)

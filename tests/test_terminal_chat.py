@@ -30,7 +30,7 @@ START = """
 import sys, logging
 from glm4_helpers.profiles import get_profile
 from glm4_helpers.terminal_chat import run_chat
-run_chat(get_profile("glm4-nano", base_model="weights/tiny"), dtype="float32", **eval(sys.argv[1]))
+run_chat(get_profile("glm4-nano", base_model="weights/tiny"), **eval(sys.argv[1]))
 """
 
 
@@ -42,7 +42,7 @@ def course(tmp_path_factory):
         patch.setenv("GLM4_HOME", str(folder))
         tokenizer = tiny_tokenizer()
         save_model(folder / "weights/tiny", write_only(tiny_glm(tokenizer, seed=3), tokenizer, CHARACTERS), tokenizer)
-        for name, seed in (("adapter", 1), ("checkpoint-20", 2)):
+        for name, seed in (("adapter", 1), ("checkpoints/checkpoint-20", 2)):
             write_adapter(folder / "outputs/run" / name, seed)
     return folder
 
@@ -223,6 +223,10 @@ def test_the_adapter_is_switched_and_checkpoints_change_answers(terminal, course
     child.expect("checkpoint-20 on")
     prompt(child)
     assert ask() not in (on, off)
+    child.sendline("/checkpoint adapter")
+    child.expect("adapter on")
+    prompt(child)
+    assert ask() == on
     leave(child)
     report(TITLE, transcript(child, "the adapter switched off and on, and another checkpoint").replace(f"{course}/", ""), 2)
 

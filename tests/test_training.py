@@ -266,6 +266,22 @@ def test_other_rows_or_another_base_mean_training_again(finished, tmp_path, monk
     assert "base was" in training.why_train(quick(), adapter)
 
 
+def test_a_finished_adapter_without_its_base_model_is_a_clear_error(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "home")
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path / "home"))
+    shutil.rmtree(tmp_path / "home" / "weights")
+    with pytest.raises(ModelError, match="glm4-nano is not here"):
+        training.train_or_load(quick(), tracking_mode="disabled")
+
+
+def test_a_run_of_few_steps_without_evaluations_has_a_loss_and_an_adapter(home):
+    profile = quick(**{"training.epochs": 0.1, "training.evaluations_per_run": 0})
+    result = training.train(profile, tracking_mode="disabled")
+    assert result.final_loss > 0 and result.checkpoints == []
+    assert (result.adapter_dir / "adapter_model.safetensors").is_file()
+
+
 def test_a_folder_in_use_is_refused(home):
     from filelock import FileLock
 

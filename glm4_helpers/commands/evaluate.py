@@ -34,7 +34,9 @@ ceval-valid_law. `lm-eval ls tasks` lists all."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.add_argument(
-        "--half", choices=("test", "dev"), default="test", help="for glm4-nano: test, which no choice was made with, or dev, on which checkpoints are chosen (default: test)"
+        "--half",
+        choices=("test", "dev"),
+        help="for glm4-nano: test, which no choice was made with, or dev, on which checkpoints are chosen (default: test)",
     )
     parser.add_argument("--rows", type=count, metavar="N", help="how many held-out rows, for free text (default: 200)")
     which = parser.add_mutually_exclusive_group()
@@ -60,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _refuse_unused(arguments)
+    profile = chosen_profile(arguments)
+    _refuse_unused(arguments, profile)
     if arguments.seeds:
         return _run_seeds(arguments)
-    profile = chosen_profile(arguments)
     adapter, baseline = adapter_folder(arguments, profile), _baseline(arguments, profile)
     if arguments.harness:
         from ..harness import before_after_tasks, format_tasks
@@ -74,18 +76,23 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation import FREE_TEXT_ROWS, before_after, format_table
 
     rows = arguments.rows or FREE_TEXT_ROWS
-    result = before_after(profile, adapter, arguments.half, row_count=rows, baseline=baseline)
+    result = before_after(profile, adapter, arguments.half or "test", row_count=rows, baseline=baseline)
     show(arguments, result, format_table(result))
     return 0
 
 
-def _refuse_unused(arguments: argparse.Namespace) -> None:
+def _refuse_unused(arguments: argparse.Namespace, profile: Profile) -> None:
     """Raise SettingError for options that would be left aside in silence."""
-    without = ("rows", "baseline", "harness", "limit", "tasks") if arguments.seeds else ("limit", "tasks")
-    given = [f"--{name}" for name in without if getattr(arguments, name) is not None]
-    if given and (arguments.seeds or not arguments.harness):
-        reason = "can't be used with --seeds" if arguments.seeds else "can be used with --harness only"
-        raise SettingError(f"{' and '.join(given)} {reason}.", "Leave it out, or see evaluate --help.")
+    unused = {
+        "can't be used with --seeds": ("rows", "baseline", "harness", "limit", "tasks") if arguments.seeds else (),
+        "can't be used with --harness": ("half", "rows") if arguments.harness else (),
+        "can be used with --harness only": () if arguments.harness or arguments.seeds else ("limit", "tasks"),
+        f"can't be used with {profile.name}": ("half",) if profile.test_data is None else ("rows",),
+    }
+    for reason, names in unused.items():
+        given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
+        if given:
+            raise SettingError(f"{' and '.join(given)} {reason}.", "Leave it out, or see evaluate --help.")
 
 
 def _baseline(arguments: argparse.Namespace, profile: Profile) -> Path | None:
@@ -104,7 +111,7 @@ def _run_seeds(arguments: argparse.Namespace) -> int:
     results = {}
     for seed, profile in profiles.items():
         trained = train_or_load(profile, output_dir=outputs_dir(profile.name, f"seed-{seed}"))
-        results[seed] = before_after(profile, trained.adapter_dir, arguments.half)
+        results[seed] = before_after(profile, trained.adapter_dir, arguments.half or "test")
         print(f"seed {seed}\n{format_table(results[seed])}\n")
     summary = median_and_worst(results.values())
     show(arguments, {"seeds": results, "summary": summary}, format_summary(summary))

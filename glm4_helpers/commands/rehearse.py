@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..paths import outputs_dir
 
     folder = arguments.folder or outputs_dir() / "rehearsal"
-    there_before = folder.exists()
+    foreign = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
     def report(stage) -> None:
         print(f"{stage.name}: {stage.seconds:.0f} s, peak {stage.peak_gib:.2f} GiB", file=sys.stderr, flush=True)
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         stages = rehearsal.rehearse(profile, folder, arguments.layers, arguments.tokens, report)
     finally:
-        if not arguments.keep and not there_before:
+        if not arguments.keep and not foreign:
             shutil.rmtree(folder, ignore_errors=True)
     figures = {"profile": profile.name, "machine": str(machine()), "stages": [asdict(stage) for stage in stages]}
     show(arguments, figures, f"{machine()}\n\n{rehearsal.format_stages(stages)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..paths import shown
 from . import add_json, add_settings, chosen_profile, show
 
 HELP = "fine-tune the base model and keep the adapter"
@@ -80,5 +81,5 @@ def figures(result) -> dict:
 
 
 def summary(result) -> str:
-    """One or two lines for the terminal."""
-    return f"Adapter in {result.adapter_dir}: final loss {result.final_loss:.4f}, trained in {result.seconds:.0f} s."
+    """One line for the terminal."""
+    return f"Result in {shown(result.adapter_dir)}: final loss {result.final_loss:.4f}, trained in {result.seconds:.0f} s."

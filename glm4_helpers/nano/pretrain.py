@@ -1,6 +1,6 @@
 """The base model glm4-nano: its tokenizer, its shape and its pretraining.
 
-The world's text and rows come from world.py, through the files in data/. Fine-tuning and scoring live elsewhere.
+The text comes from text.py, through the files in data/. Fine-tuning and scoring live elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from glm4_helpers.chat_format import stop_ids
-from glm4_helpers.errors import ModelError
+from glm4_helpers.errors import MachineError, ModelError
+from glm4_helpers.models import cpu_has_bf16
 from glm4_helpers.tokenizer_building import glm4_tokenizer
 
 
@@ -39,7 +40,7 @@ def build_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class PretrainingSettings:
-    """Shape and training of glm4-nano. Sizes in tokens, `minutes` not set: the run is as long as its epochs."""
+    """Shape and training of glm4-nano. `block` is in tokens; the run is as long as its epochs."""
 
     hidden_size: int = 256
     intermediate_size: int = 768
@@ -142,8 +143,11 @@ def pretrain(
     """Train the base model from nothing, or on from `checkpoint`.
 
     `report(step, steps, loss, seconds)` is called every 50 steps. Weights are float32; products run in bfloat16 where
-    the CPU has instructions for it.
+    the CPU has instructions for it. Raises MachineError where torch has no Muon, ModelError for a checkpoint of other
+    settings or another text.
     """
+    if not hasattr(torch.optim, "Muon"):
+        raise MachineError(f"torch {torch.__version__} has no optimizer Muon.", "Install torch 2.13: make install.")
     torch.manual_seed(settings.seed)
     model = GlmForCausalLM(nano_config(tokenizer, settings)).float()
     model.train()
@@ -162,7 +166,7 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate_factor(step, len(order), settings)
         batch = blocks[order[step]].long()
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             loss = forward(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -178,12 +182,6 @@ def pretrain(
         if done % settings.checkpoint_steps == 0 or done == len(order):
             save_checkpoint(checkpoint, model, training, made_from, done, seconds, curve)
     return PretrainingResult(model.eval(), curve, len(order), seconds)
-
-
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX512_BF16); asked, never assumed."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
 
 
 def save_checkpoint(
