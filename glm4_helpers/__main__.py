@@ -31,7 +31,8 @@ examples:
 profiles, one model with its data and settings each; --profile NAME goes after the command:
 {profiles}
 
-The base model is the one before fine-tuning; the adapter is the small set of weights that LoRA trains beside it."""
+The base model is the one before fine-tuning; the adapter is the small set of weights that LoRA
+trains beside it."""
 
 
 def profile_lines() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Sequence
 
 from .chat_format import IGNORE, TERMINATOR, encode, plain_messages
-from .errors import CourseError, DataError, MachineError, SettingError
+from .errors import CourseError, DataError, MachineError, SettingError, first_line
 from .paths import data_dir, home
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def _hub_rows(hub_id: str) -> list[dict[str, Any]]:
     except CourseError:
         raise
     except Exception as error:  # the hubs raise dozens of kinds: network, absent, gated, unreadable
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"{hub_id} is no file here and could not be read from {title}: {reason}",
             "Check name and network, set GLM4_HUB to the other hub (huggingface, modelscope), "

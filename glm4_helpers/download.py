@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CourseError, MachineError, ModelError, SettingError
+from .errors import CourseError, MachineError, ModelError, SettingError, first_line
 from .paths import home
 from .profiles import Profile
 
@@ -172,7 +172,7 @@ def _readable_errors(repository: str, source: str) -> Iterator[None]:
     except CourseError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         other = SOURCES[source == "huggingface"]
         raise MachineError(
             f"{repository} could not be downloaded from {_NAMES[source]}: {reason}",

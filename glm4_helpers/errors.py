@@ -36,6 +36,11 @@ class MachineError(CourseError):
     """Something this machine lacks: memory, disk, a GPU, a package."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def show_errors_plainly() -> bool:
     """Show a ``CourseError`` in this notebook as one clear message; ``%tb`` still gives the traceback.
 

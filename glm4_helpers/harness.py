@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError, MachineError
+from .errors import DataError, MachineError, first_line
 from .evaluation import baseline_profile, check_trained, score_both
 from .models import load_base_model, load_tokenizer
 from .profiles import Profile
@@ -73,7 +73,7 @@ def task_scores(
             model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
         )
     except Exception as error:  # data sets raise dozens of kinds: offline, absent, gated, another format
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"lm-eval could not run {', '.join(tasks)}: {reason}",
             "Check the network (the task's data is fetched when it first runs) and that HF_HUB_OFFLINE is unset.",

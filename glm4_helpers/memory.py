@@ -292,7 +292,7 @@ def describe(setting: Setting) -> str:
 
 def format_estimate(result: Estimate, sources: bool = False) -> str:
     """The estimate as a plain table; with ``sources`` the formulas and where they are from."""
-    where = "process" if result.setting.device == "cpu" else "GPU"
+    where = "process, beside Python and its packages" if result.setting.device == "cpu" else "GPU"
     lines = [f"{result.profile}: {describe(result.setting)}; memory of each {where}", ""]
     for part in result.parts:
         lines.append(f"{part.name:<24}{part.bytes / GIB:>8.2f} GiB   {part.formula if sources else ''}".rstrip())

@@ -208,7 +208,7 @@ def get_profile(name: str | None = None, **overrides: Any) -> Profile:
     if chosen not in known:
         raise SettingError(f"There is no profile {chosen!r}.", _suggestion(str(chosen), known))
     profile = known[chosen]
-    for key, value in _flat(overrides).items():
+    for key, value in flat_settings(overrides).items():
         profile = _replaced(profile, key, value)
     return profile
 
@@ -227,7 +227,7 @@ def settings_from_yaml(path: str | Path) -> dict[str, Any]:
     name = content.pop("profile", None)
     if name is not None and name not in profile_names():
         raise SettingError(f"{path}: there is no profile {name!r}.", _suggestion(str(name), profile_names()))
-    settings = _flat(content)
+    settings = flat_settings(content)
     for key, value in settings.items():
         try:
             _replaced(get_profile(name), key, value)
@@ -259,12 +259,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flat_settings(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

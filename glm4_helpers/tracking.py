@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MachineError, SettingError
+from .errors import MachineError, SettingError, first_line
 from .paths import outputs_dir
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def start_run(
         if mode != "cloud":
             raise
         raise MachineError(
-            f"SwanLab's cloud can't be used: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}",
+            f"SwanLab's cloud can't be used: {first_line(error)}",
             "Check network and key, or use offline tracking and send the run later with `swanlab sync`.",
         ) from error
     return TrackedRun(mode, run.id, None if mode == "disabled" else str(run.dir))

@@ -45,7 +45,7 @@ from .datasets import data_source, encode_rows, fingerprint, load_messages, spli
 from .environment import machine, require_room
 from .errors import SettingError
 from .paths import CHECKPOINTS, outputs_dir, shown
-from .profiles import Profile, profile_settings
+from .profiles import Profile, flat_settings, profile_settings
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer  # slow to import, and not needed to load what is finished
@@ -255,7 +255,7 @@ def _facts(profile: Profile, train: Dataset, dev: Dataset | None) -> dict[str, A
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What separates two runs, in words; empty where nothing that matters does."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat_settings(before), flat_settings(now)
     names = [name for name in {**old, **new} if name.removeprefix("profile.") not in _NO_EFFECT]
     changed = [name for name in names if old.get(name) != new.get(name)]
     return "; ".join(
@@ -266,13 +266,6 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _brief(value: Any) -> str:
     """A setting as it reads in a sentence; of a fingerprint the start is enough."""
     return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) else repr(value)
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 # Training

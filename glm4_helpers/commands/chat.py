@@ -11,11 +11,11 @@ from . import ADAPTER_HELP, adapter_folder, add_settings, chosen_profile, count
 HELP = "talk to the base model and the fine-tuned one in the terminal"
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers chat                               the fine-tuned model; /adapter off asks the base model
-  python -m glm4_helpers chat --base                        no adapter needed: the base model alone
+  python -m glm4_helpers chat                 the fine-tuned model; /adapter off asks the base model
+  python -m glm4_helpers chat --base          no adapter needed: the base model alone
   python -m glm4_helpers chat --temperature 0.6 --system 请用一句话回答。
   python -m glm4_helpers chat --profile glm-4-9b-lora --temperature 0.6 --repetition-penalty 1.2
-  echo 你好 | python -m glm4_helpers chat                   one line, one answer
+  echo 你好 | python -m glm4_helpers chat     one line, one answer
 
 Ctrl-C stops an answer. /help lists the commands inside the chat."""
 

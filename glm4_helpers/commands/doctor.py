@@ -13,8 +13,9 @@ examples:
   python -m glm4_helpers doctor --profile glm-4-9b-lora
   python -m glm4_helpers doctor --json
 
-Packages, GPU, memory, disk and files are checked for the profile; then come all profiles and whether this machine could
-train them. Nothing is installed or changed. The exit status is 0 if every check for the profile passed, else 1."""
+Packages, GPU, memory, disk and files are checked for the profile; then come all profiles and
+whether this machine could train them. Nothing is installed or changed. The exit status is 0 if
+every check for the profile passed, else 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,13 +12,16 @@ examples:
   python -m glm4_helpers download --profile glm-4-9b-lora                      18.8 GB, resumable
   python -m glm4_helpers download --profile glm-4-9b-lora --source modelscope
   python -m glm4_helpers download --profile glm-4-9b-lora --endpoint https://hf-mirror.com
-  python -m glm4_helpers download --profile glm-4-9b-lora --check              only look at what is here
-  python -m glm4_helpers download --profile glm-4-9b-lora --repository zai-org/glm-4-9b-chat-hf    to compare with
+  python -m glm4_helpers download --profile glm-4-9b-lora --check      only look at what is here
+  python -m glm4_helpers download --profile glm-4-9b-lora --repository zai-org/glm-4-9b-chat-hf
+                                                                to compare with
 
-The model goes to weights/, into the folder of its name: glm-4-9b-lora, -qlora and -full share weights/glm-4-9b-hf. Disk space is checked first: the model's size and 1 GiB to spare.
-An interrupted download goes on when the same line is run again. ModelScope has the model of those three profiles, and needs
-the package modelscope (python -m pip install -e ".[modelscope]"). The variables HF_ENDPOINT and MODELSCOPE_ENDPOINT do the same as --endpoint.
-glm4-nano, the default profile, ships with the repository and needs no download."""
+The model goes to weights/, into the folder of its name: glm-4-9b-lora, -qlora and -full share
+weights/glm-4-9b-hf. Disk space is checked first: the model's size and 1 GiB to spare. An
+interrupted download goes on when the same line is run again. ModelScope has the model of those
+three profiles, and needs the package modelscope (python -m pip install -e ".[modelscope]"). The
+variables HF_ENDPOINT and MODELSCOPE_ENDPOINT do the same as --endpoint. glm4-nano, the default
+profile, ships with the repository and needs no download."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

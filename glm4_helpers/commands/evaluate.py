@@ -24,10 +24,11 @@ examples:
   python -m glm4_helpers evaluate --profile glm-4-9b-lora --baseline glm-4-9b-chat-hf
   python -m glm4_helpers evaluate --profile glm-4-9b-lora --harness ceval-valid_law --limit 50
 
-Held-out rows are rows kept out of training. glm4-nano's answers are right or wrong. The other profiles' data is free text:
-it gives the loss per answer token (lower is better), its perplexity (e to that loss), and the stop rate (the part of the
-answers that end by themselves). --harness asks public benchmarks instead, through lm-eval (python -m pip install -e
-".[evaluation]"), to see what was forgotten; C-Eval, a Chinese exam, is ceval-valid (52 subjects) or one subject such as
+Held-out rows are rows kept out of training. glm4-nano's answers are right or wrong. The other
+profiles' data is free text: it gives the loss per answer token (lower is better), its perplexity
+(e to that loss), and the stop rate (the part of the answers that end by themselves). --harness
+asks public benchmarks instead, through lm-eval (python -m pip install -e ".[evaluation]"), to see
+what was forgotten; C-Eval, a Chinese exam, is ceval-valid (52 subjects) or one subject such as
 ceval-valid_law. `lm-eval ls tasks` lists all."""
 
 

@@ -14,10 +14,11 @@ examples:
   python -m glm4_helpers export --profile glm-4-9b-lora --output /data/my-glm
   python -m glm4_helpers export --check outputs/glm4-nano/merged      certify a folder again
 
-The folder holds bfloat16 weights (18.8 GB for the 9B; room for them is checked first), tokenizer, chat template, stop ids,
-a certificate, and a README with commands for `transformers serve`, vLLM and PEFT. It appears only if 32 prompts are answered
-as base model and adapter answer them. For that the whole model is loaded in bfloat16 (about 19 GiB for the 9B, for
-glm-4-9b-qlora too), on the GPU if there is one; CUDA_VISIBLE_DEVICES= in front of the line keeps it off the GPU. Full
+The folder holds bfloat16 weights (18.8 GB for the 9B; room for them is checked first), tokenizer,
+chat template, stop ids, a certificate, and a README with commands for `transformers serve`, vLLM
+and PEFT. It appears only if 32 prompts are answered as base model and adapter answer them. For
+that the whole model is loaded in bfloat16 (about 19 GiB for the 9B, for glm-4-9b-qlora too), on
+the GPU if there is one; CUDA_VISIBLE_DEVICES= in front of the line keeps it off the GPU. Full
 fine-tuning leaves a whole model, which needs no export."""
 
 

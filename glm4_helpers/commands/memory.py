@@ -15,7 +15,8 @@ examples:
   python -m glm4_helpers memory --profile glm-4-9b-full --gpus 8 --zero 3
   python -m glm4_helpers memory --profile glm-4-9b-lora --batch 4 --length 1024 --json
 
-Nothing is loaded or measured: this is arithmetic. benchmarks/memory.md has such sums beside measurements, made on a CPU."""
+Nothing is loaded or measured: this is arithmetic. benchmarks/memory.md has such sums beside
+measurements, made on a CPU."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=count, metavar="N", help="tokens a row (default: the profile's training.max_length)")
     parser.add_argument("--gpus", type=count, metavar="N", help="how many GPUs train together (default: 1)")
     parser.add_argument(
-        "--zero", type=int, choices=(0, 1, 2, 3), help="DeepSpeed's ZeRO stage: the GPUs divide 1 the optimizer, 2 gradients too, 3 weights too; 0 nothing (default: 0)"
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="DeepSpeed's ZeRO stage: the GPUs divide 1 the optimizer, 2 gradients too, 3 weights too; 0 nothing "
+        "(default: 0)",
     )
     parser.add_argument(
         "--checkpointing",
@@ -33,9 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gradient checkpointing: compute activations again instead of keeping them (default: the profile's)",
     )
     parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits, or not (default: the profile's)")
-    parser.add_argument("--device", choices=("gpu", "cpu"), help="what trains; glm4-nano trains on a cpu (default: gpu)")
     parser.add_argument(
-        "--gpu-memory", type=gibibytes, metavar="GIB", help="also find the largest batch that fits in so many GiB; a card has less than its name says, see nvidia-smi"
+        "--device", choices=("gpu", "cpu"), help="what trains (default: a cpu for glm4-nano, a gpu for the others)"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=gibibytes,
+        metavar="GIB",
+        help="also find the largest batch that fits in so many GiB of a gpu; a card has less than its name says, see "
+        "nvidia-smi",
     )
     parser.add_argument("--formulas", action="store_true", help="show each part's formula and its source")
     add_json(parser)
@@ -52,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         gpus=arguments.gpus,
         zero_stage=arguments.zero,
         gradient_checkpointing=arguments.checkpointing,
-        device=arguments.device,
+        device=arguments.device or _usual_device(profile, arguments.gpu_memory),
         quantization=arguments.quantization,
     )
     result = memory.estimate(profile, setting)
@@ -63,6 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
         lines += ["", _fit(profile, arguments.gpu_memory, setting, batch)]
     show(arguments, figures, "\n".join(lines))
     return 0
+
+
+def _usual_device(profile, gpu_memory: float | None) -> str:
+    from ..environment import needs
+
+    return "gpu" if gpu_memory is not None or needs(profile).gpu_memory_gib else "cpu"
 
 
 def _fit(profile, gib: float, setting, batch: int) -> str:

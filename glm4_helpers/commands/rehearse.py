@@ -10,14 +10,15 @@ from . import add_json, add_profile, chosen_profile, count, show
 HELP = "try a profile's whole path at its true shape with random weights"
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers rehearse --profile glm-4-9b-lora --layers 2     minutes, 5 GiB of memory and disk
-  python -m glm4_helpers rehearse --profile glm-4-9b-lora                all layers: 22 GiB of memory, 20 GiB of disk
+  python -m glm4_helpers rehearse --profile glm-4-9b-lora --layers 2    minutes, 5 GiB of memory and disk
+  python -m glm4_helpers rehearse --profile glm-4-9b-lora    all layers: 22 GiB of memory, 20 of disk
   python -m glm4_helpers rehearse --profile glm-4-9b-qlora --keep --folder /data/rehearsal
 
-To be run before a GPU is rented. Builds the model with random weights, loads it, trains, kills the training, resumes it,
-loads the adapter and answers. Nothing is downloaded, no GPU is needed, and the answers mean nothing. The memory of each stage
-(RAM; CUDA_VISIBLE_DEVICES= in front keeps it off a GPU) stands beside the estimate of `memory`. Linux and macOS only;
-glm-4-9b-qlora needs bitsandbytes."""
+To be run before a GPU is rented. Builds the model with random weights, loads it, trains, kills
+the training, resumes it, loads the adapter and answers. Nothing is downloaded, no GPU is needed,
+and the answers mean nothing. The memory of each stage (RAM; CUDA_VISIBLE_DEVICES= in front keeps
+it off a GPU) stands beside the estimate of `memory`. Linux and macOS only; glm-4-9b-qlora needs
+bitsandbytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,12 +14,14 @@ examples:
   python -m glm4_helpers train                              glm4-nano, some minutes on a CPU
   python -m glm4_helpers train                              again: goes on, or says that it is done
   python -m glm4_helpers train --force                      from the start, whatever is there
-  python -m glm4_helpers train --profile glm-4-9b-lora --set training.epochs=0.02 --output outputs/try    how long will it take?
+  python -m glm4_helpers train --profile glm-4-9b-lora --set training.epochs=0.02 --output outputs/try
+                                                            how long will it take?
   python -m glm4_helpers train --set training.epochs=1 --set lora.r=16 --output outputs/short
   python -m glm4_helpers train --config configs/train_nano.yaml --tracking cloud    after `swanlab login`
 
-Where a finished adapter belongs to these settings, rows, base model and package versions, it is kept, and nothing is trained.
-Where something has changed, it is trained anew, and the new adapter takes the place of the old one once it is whole."""
+Where a finished adapter belongs to these settings, rows, base model and package versions, it is
+kept, and nothing is trained. Where something has changed, it is trained anew, and the new adapter
+takes the place of the old one once it is whole."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
