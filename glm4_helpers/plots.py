@@ -152,21 +152,32 @@ def before_after_figure(result: Mapping[str, Any]) -> Figure:
 def kinds_figure(result: Mapping[str, Any]) -> Figure:
     """Accuracy of each kind of row in each held-out set, before (hollow) and after (filled), with 95 % intervals.
 
-    `result` is what `evaluation.before_after` returns, or its JSON.
+    The kind with most right answers after fine-tuning, over all sets, is on top. `result` is what `evaluation.before_after` returns, or its JSON.
     """
     sets = {name: scored for name, scored in result["after"]["sets"].items() if scored["kinds"]}
-    kinds = sorted({kind for scored in sets.values() for kind in scored["kinds"]}, key=kind_label)
+    kinds = sorted(_right_by_kind(sets).items(), key=lambda item: (-item[1], kind_label(item[0])))
     width, height = 3.2 + 2.2 * len(sets), 1.2 + 0.27 * len(kinds)
     figure, axes = new_figure(width, height, max(1, len(sets)), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], sets):
-        for row, kind in enumerate(kinds):
+        for row, (kind, _) in enumerate(kinds):
             _dots(axis, row, result["before"]["sets"][name]["kinds"].get(kind), sets[name]["kinds"].get(kind))
         axis.set_title(SET_LABELS.get(name, name))
         axis.tick_params(axis="y", length=0)
         _percent_axis(axis)
-    _name_rows(axes[0][0], [kind_label(kind) for kind in kinds])
+        axis.set_xlim(left=-4)  # dots at nought are drawn whole
+    _name_rows(axes[0][0], [kind_label(kind) for kind, _ in kinds])
     _legend_below(figure, axes[0][0])
     return figure
+
+
+def _right_by_kind(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The fraction of right answers of each kind, over all sets."""
+    right, total = Counter(), Counter()
+    for scored in sets.values():
+        for kind, score in scored["kinds"].items():
+            right[kind] += score["right"]
+            total[kind] += score["total"]
+    return {kind: right[kind] / total[kind] for kind in total}
 
 
 def _interval_bars(axis: Axes, scores: Sequence[Mapping[str, float]], offset: float, colour: str, label: str) -> None:
@@ -224,7 +235,7 @@ def _name_rows(axis: Axes, names: Sequence[str]) -> None:
 def _legend_below(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(labels) < 7 else 4)
 
 
 # Training
@@ -309,7 +320,9 @@ def _draw_checkpoints(axis: Axes, checkpoints: Sequence[Mapping[str, Any]], key:
     axis.tick_params(axis="x", rotation=45 if len(steps) > 5 else 0)
     axis.grid(axis="y")
     axis.margins(x=0.12)
-    axis.set_ylim(0, None if scale == 1 else 105)
+    lows = [100 * row[key]["low"] for row in checkpoints if isinstance(row[key], Mapping)]
+    # Intervals of a few points would vanish on an axis from 0.
+    axis.set_ylim(10 * (min(lows) // 10) if lows else 0, 1.1 * max(values) if scale == 1 else 101 if lows else 105)
 
 
 def _fraction(value: float | Mapping[str, float] | None) -> float:
@@ -361,7 +374,7 @@ def lengths_figure(lengths: Sequence[int], max_length: int | None = None) -> Fig
     if max_length is not None:
         over = sum(length > max_length for length in lengths)
         axis.axvline(max_length, color=ACCENT, linestyle="--", label=f"上限 limit {max_length}: {over:,} 行更长 rows longer")
-        axis.legend(loc="upper right")
+        axis.legend(loc="upper center")
     axis.set_xlabel("每行词元数 tokens per row")
     axis.set_ylabel("行数 rows")
     longest = f", 最长 longest {max(lengths)}" if len(lengths) else ""

@@ -447,6 +447,7 @@ def test_two_answers_stream_and_the_box_survives_stop_clear_and_rerun(page, trai
     stop_half_way(page, question, whole)
     clear(page)
     rerun_chat_cell(page)
+    chat(page).get_by_label("Longest answer").fill("60")  # the picture has room for the question and so much
     ask(page, QUESTION)
     wait_until_ready(page)
     assert QUESTION in said(page) and question not in said(page) and all(shown_answers(page).values())
