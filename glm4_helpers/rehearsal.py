@@ -302,7 +302,7 @@ def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     _require(result.resumed_from == CHECKPOINT_AT, f"training went on from step {result.resumed_from}")
     steps = max(row["step"] for row in result.log_history)
     _require(steps == ROWS, f"training ended after step {steps}")
-    return {"resumed_from": result.resumed_from, "steps": steps, "final_loss": result.final_loss, "seconds": result.seconds}
+    return {"resumed_from": result.resumed_from, "steps": steps, "final_loss": round(result.final_loss, 4)}
 
 
 def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
