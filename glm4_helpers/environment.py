@@ -322,7 +322,7 @@ def _gpu_check(here: Machine, profile: Profile) -> Check:
     if not need:
         return Check("GPU", True, _gpu_text(here.gpus) if here.gpus else "none, and none is needed")
     if not here.gpus:
-        return Check("GPU", False, f"none that torch can use; {need:.0f} GiB needed", _no_gpu_fix())
+        return Check("GPU", False, f"none that training can use; {need:.0f} GiB needed", _no_gpu_fix())
     usable = [gpu for gpu in here.gpus if gpu.bfloat16 or profile.quantization]
     sizes = [gpu.memory_gib for gpu in usable] or [0.0]
     size = sum(sizes) if profile.lora is None else max(sizes)
@@ -339,7 +339,7 @@ def _gpu_check(here: Machine, profile: Profile) -> Check:
 def _no_gpu_fix() -> str:
     if shutil.which("nvidia-smi"):
         return "There is an NVIDIA driver, but this torch can't use it: install torch for CUDA (pytorch.org)."
-    return "Take a machine with a GPU (Colab, Kaggle, rented), or the profile glm4-nano, which needs none."
+    return "Take a machine with a GPU of NVIDIA or AMD (Colab, Kaggle, rented), or the profile glm4-nano, which needs none."
 
 
 def _size_check(name: str, found: float, needed: float, fix: str) -> Check:

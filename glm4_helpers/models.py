@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from . import chat_format
-from .errors import MachineError, ModelError
+from .errors import MachineError, ModelError, SettingError
 from .paths import home
 from .profiles import Profile
 
@@ -120,14 +120,14 @@ def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a name such as "bfloat16"; "auto" is `faster_dtype()`. Raises ModelError for other names."""
+    """The torch dtype of a name such as "bfloat16"; "auto" is `faster_dtype()`. Raises SettingError for other names."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         return faster_dtype()
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"{dtype!r} is not a dtype for weights.", 'Use "auto", "float32" or "bfloat16".')
+        raise SettingError(f"{dtype!r} is not a dtype for weights.", 'Use "auto", "float32" or "bfloat16".')
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from glm4_helpers import models
 from glm4_helpers.chat_format import stop_ids
-from glm4_helpers.errors import ModelError
+from glm4_helpers.errors import ModelError, SettingError
 from glm4_helpers.generation import answers
 from glm4_helpers.profiles import get_profile
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -93,7 +93,7 @@ def test_the_faster_dtype_is_one_that_glm_can_use():
 
 @pytest.mark.parametrize("name", ["int8", "bf16", "load"])
 def test_an_unknown_dtype_is_refused(name):
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises(SettingError, match=name):
         models.resolve_dtype(name)
 
 
