@@ -307,6 +307,13 @@ def _text(message: Mapping[str, Any], key: str, where: str, optional: bool) -> s
     if not isinstance(value, str):
         kind = type(value).__name__
         raise DataError(f"The {key} of {where} ({message['role']}) is not text but {kind}.", f"Give {key} as a string.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"half a character ({value[error.start]!r}, number {error.start + 1})"
+        raise DataError(
+            f"The {key} of {where} ({message['role']}) holds {half}.", "Remove it; mostly it is an emoji that was cut in two."
+        ) from error
     return value
 
 

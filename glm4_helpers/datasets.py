@@ -180,6 +180,11 @@ def can_be_learned(messages: Sequence[Mapping[str, str]]) -> bool:
     return not _emptiness(messages)
 
 
+def can_be_asked(messages: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the conversation can be learned and its last answer follows a question, or what a tool returned."""
+    return can_be_learned(messages) and len(messages) > 1 and messages[-2]["role"] in ("user", "observation")
+
+
 def data_source(data: str) -> str | Path:
     """A profile's data as `load_messages` takes it: paths count from the course folder, whatever the working folder is;
     the rest are hub ids."""
@@ -324,14 +329,17 @@ def _from_hugging_face(hub_id: str) -> list[dict[str, Any]]:
 
 
 def _from_modelscope(hub_id: str) -> list[dict[str, Any]]:
+    """The rows of the JSON files in the repository. ModelScope's own reader needs an older datasets package than ours."""
     try:
-        from modelscope.msdatasets import MsDataset
+        from modelscope.hub.snapshot_download import dataset_snapshot_download
     except ImportError as error:
         raise MachineError(
-            "GLM4_HUB is modelscope, but the package modelscope can't be imported.",
-            "Install it with `pip install modelscope`, or unset GLM4_HUB.",
+            f"GLM4_HUB is modelscope, but the package modelscope can't be imported: {first_line(error)}.",
+            'Install it with python -m pip install -e ".[modelscope]", or unset GLM4_HUB.',
         ) from error
-    return [dict(row) for row in MsDataset.load(hub_id, split="train")]
+    folder = Path(dataset_snapshot_download(hub_id, allow_patterns=["*.json", "*.jsonl"]))
+    files = sorted(file for file in folder.rglob("*.json*") if not file.name.startswith(("dataset_info", ".")))
+    return [located.row for file in files for located in _file_rows(file, f"{hub_id}/{file.name}")]
 
 
 # --- rows to messages ------------------------------------------------------------------------------------------------
@@ -397,12 +405,34 @@ def _from_sharegpt(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _from_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return list(_list(row, "messages"))
+    beside, messages = _system(row), list(_list(row, "messages"))
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if not beside or first.get("role") != "system":
+        return [*beside, *messages]
+    if _column(row, "system", ""):
+        raise DataError("The row has a system prompt in messages and one beside them.", "Keep one of the two.")
+    return [{**first, "tools": beside[0]["tools"]}, *messages[1:]]
 
 
-def _system(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    content = _column(row, "system", "")
+def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The row's own system prompt and tools as a message; empty where it has neither."""
+    content, tools = _column(row, "system", ""), _tools(row)
+    if tools:
+        return [{"role": "system", "content": content, "tools": tools}]
     return [{"role": "system", "content": content}] if content else []
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any]:
+    """The functions that the row offers: a list, or, as ShareGPT files have it, JSON text of one."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise DataError(f"The value of 'tools' is not JSON: {error.msg}.", "Give tools as a list of functions.") from error
+    if tools and not isinstance(tools, list):
+        raise DataError(f"The value of 'tools' is {_kind(tools)}, not a list.", "Give tools as a list of functions.")
+    return tools or []
 
 
 def _column(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
@@ -483,13 +513,14 @@ def _raise_nothing_left(counts: Mapping[str, int], max_length: int, longest: int
 
 def _canonical(value: Any) -> bytes:
     """JSON that does not depend on key order nor on the nulls that a table puts where a row has no value."""
-    return json.dumps(_without_nulls(value), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(without_nulls(value), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """The value without keys that hold null, as it was before a table gave it the columns of other rows."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _position(messages: Sequence[Mapping[str, str]], seed: int) -> float:

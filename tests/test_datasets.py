@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-import types
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -77,6 +77,35 @@ def test_messages_with_tools_fit_a_table_and_render_the_same(write, nano_tokeniz
     dataset = data.load_messages(write(rows))
     for row, messages in zip(rows, dataset["messages"]):
         assert encode(nano_tokenizer, messages) == encode(nano_tokenizer, row["messages"])
+
+
+def test_system_prompt_and_tools_beside_the_conversation_are_taken(write):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    told = [{"role": "system", "content": "", "tools": tools}, *MESSAGES]
+    expected = data.load_messages(write([{"messages": told}], "told.json"))["messages"][0]
+    for row in ({"messages": MESSAGES, "tools": tools}, {**SHAREGPT, "tools": json.dumps(tools)}):
+        assert data.load_messages(write([row]))["messages"][0] == expected
+    row = {"messages": [{"role": "system", "content": "简短。"}, *MESSAGES], "tools": tools}
+    assert {"role": "system", "content": "简短。"} in data.to_messages(row) and "add" in data.to_messages(row)[0]["content"]
+    assert data.to_messages({"messages": MESSAGES, "system": "简短。"})[0] == {"role": "system", "content": "简短。"}
+
+
+@pytest.mark.parametrize(
+    ("row", "word"),
+    [
+        ({"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"}, "one beside them"),
+        ({"messages": MESSAGES, "tools": "{"}, "'tools' is not JSON"),
+        ({"messages": MESSAGES, "tools": {"name": "add"}}, "'tools' is an object"),
+        ({**ALPACA, "output": "\ud83d"}, "half a character"),
+    ],
+)
+def test_what_would_be_lost_or_taught_wrongly_is_refused(write, row, word):
+    with pytest.raises(DataError, match=f"rows.json, row 2.*{word}"):
+        data.load_messages(write(json.dumps([_sound(row), row])))
+
+
+def _sound(row):
+    return {"messages": MESSAGES} if "messages" in row else ALPACA
 
 
 def test_own_columns_are_kept(write):
@@ -195,19 +224,21 @@ def test_a_local_copy_of_a_hub_id_is_taken_first(write, tmp_path, monkeypatch):
 
 
 def test_modelscope_is_used_when_asked_for(tmp_path, monkeypatch):
-    loaded = []
-    module = types.ModuleType("modelscope.msdatasets")
-    module.MsDataset = types.SimpleNamespace(load=lambda name, split: loaded.append((name, split)) or [ALPACA])
-    monkeypatch.setitem(sys.modules, "modelscope", types.ModuleType("modelscope"))
-    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", module)
+    snapshot = pytest.importorskip("modelscope.hub.snapshot_download")
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "rows.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
+    (tmp_path / "repository" / "dataset_infos.json").write_text("{}", encoding="utf-8")
+    download = create_autospec(snapshot.dataset_snapshot_download, return_value=str(tmp_path / "repository"))
+    monkeypatch.setattr(snapshot, "dataset_snapshot_download", download)
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
     monkeypatch.setenv("GLM4_HUB", "modelscope")
-    assert data.read_rows("owner/name") == [ALPACA] and loaded == [("owner/name", "train")]
+    assert data.read_rows("owner/name") == [ALPACA]
+    assert download.call_args.args == ("owner/name",)
 
 
 def test_modelscope_absent_and_an_unknown_hub_are_said(tmp_path, monkeypatch):
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", None)
+    monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
     monkeypatch.setenv("GLM4_HUB", "modelscope")
     with pytest.raises(MachineError, match="modelscope can't be imported"):
         data.read_rows("owner/name")
