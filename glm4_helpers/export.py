@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from . import chat_format, models
 from .errors import MachineError, ModelError
+from .paths import share_weights
 from .profiles import Profile
 
 GIB = 2**30
@@ -79,6 +80,8 @@ class Certificate:
             found.append(f"its logits differ by up to {self.largest_difference:.4g}, rounding by {self.largest_noise:.4g}")
         if self.mean_difference > MEAN_FACTOR * self.mean_noise:
             found.append(f"its logits differ by {self.mean_difference:.4g} on average, rounding by {self.mean_noise:.4g}")
+        if not self.decided:
+            found.append("no next token is decided clearly enough to be compared")
         if self.agreeing < self.decided:
             found.append(f"{self.decided - self.agreeing} of {self.decided} clearly decided next tokens differ")
         if not self.same_ids:
@@ -113,6 +116,7 @@ def export(profile: Profile, adapter_dir: Path, output: Path) -> Certificate:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     merge(profile, adapter_dir, config, staging)
+    share_weights(staging)
     _write_settings(profile, staging)
     certificate = certify(profile, adapter_dir, staging)
     (staging / "README.md").write_text(_card(profile, output.name, certificate), encoding="utf-8")

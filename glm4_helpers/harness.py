@@ -78,10 +78,15 @@ def task_scores(
             f"lm-eval could not run {', '.join(tasks)}: {reason}",
             "Check the network (the task's data is fetched when it first runs) and that HF_HUB_OFFLINE is unset.",
         ) from error
+    scored = {name: figures for name, figures in found["results"].items() if "acc,none" in figures}
+    if not scored:
+        metrics = sorted({key.partition(",")[0] for figures in found["results"].values() for key in figures if "," in key})
+        raise DataError(
+            f"{', '.join(tasks)} is not scored by accuracy, but by {', '.join(metrics)}.",
+            "Choose tasks of multiple choice, such as ceval-valid_law.",
+        )
     return {
-        name: {"acc": figures["acc,none"], "acc_stderr": figures["acc_stderr,none"]}
-        for name, figures in found["results"].items()
-        if "acc,none" in figures
+        name: {"acc": figures["acc,none"], "acc_stderr": figures["acc_stderr,none"]} for name, figures in scored.items()
     }
 
 

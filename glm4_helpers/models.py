@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -400,6 +401,12 @@ def load_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profil
         return PeftModel.from_pretrained(base_model, adapter_dir, is_trainable=False).eval()
 
 
+def check_trained_model(folder: Path) -> None:
+    """Raise ModelError where full fine-tuning has not left a model in the folder."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"There is no trained model in {folder}.", _TRAIN_FIX)
+
+
 def check_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profile) -> None:
     """Raise ModelError unless the adapter is complete, made for this base model, and live.
 
@@ -423,8 +430,19 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
     if not isinstance(model, PeftModel):
         yield model
         return
-    with model.disable_adapter():
+    with gradients_as_found(model), model.disable_adapter():
         yield model
+
+
+@contextmanager
+def gradients_as_found(model: nn.Module) -> Iterator[None]:
+    """Afterwards the same weights are trainable as before: PEFT makes an adapter trainable when it switches it on."""
+    found = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        yield
+    finally:
+        for weight, trainable in found:
+            weight.requires_grad_(trainable)
 
 
 def check_target_modules(model: nn.Module, targets: str | Iterable[str] | None) -> list[str]:
@@ -434,7 +452,9 @@ def check_target_modules(model: nn.Module, targets: str | Iterable[str] | None) 
     up projections fused, so the gate_proj and up_proj of other recipes match nothing here.
     """
     linear = _linear_modules(model)
-    targets = [targets] if isinstance(targets, str) else sorted(targets or ())
+    if isinstance(targets, str):  # PEFT takes a text as a regular expression for whole names
+        targets = [name for name in linear if re.fullmatch(targets, name)] or [targets]
+    targets = sorted(targets or ())
     unmatched = [target for target in targets if not any(_matches(name, target) for name in linear)]
     if unmatched or not targets:
         known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))
@@ -517,10 +537,11 @@ def _check_module_count(
     if profile.lora is None:
         return
     layers, targets = model.config.num_hidden_layers, profile.lora.target_modules
-    if len(matched) == layers * len(targets):
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in matched))
+    if len(matched) == layers * len(targets) and set(kinds) == {target.rpartition(".")[2] for target in targets}:
         return
     raise ModelError(
-        f"The adapter in {adapter_dir} changes {len(matched)} modules; the profile {profile.name} expects "
+        f"The adapter in {adapter_dir} changes {len(matched)} modules ({', '.join(kinds)}); the profile {profile.name} expects "
         f"{layers * len(targets)} ({layers} layers x {', '.join(targets)}).",
         "Use the profile settings it was trained with, or train it again with this profile.",
     )

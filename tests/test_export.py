@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def test_the_exported_model_answers_as_base_and_adapter(exported):
     assert certificate.agreeing == certificate.decided > 32
     assert certificate.largest_difference < certificate.largest_effect / 5, "or the adapter would not be in it"
     assert json.loads((folder / "certificate.json").read_text())["problems"] == []
+    assert "enough to be compared" in replace(certificate, decided=0, agreeing=0).problems[0]
+    assert len({file.stat().st_mode for file in folder.glob("*.*") if file.suffix in (".json", ".safetensors")}) == 1
 
 
 def test_weights_are_those_of_pefts_own_merge_rounded_once(exported, course):

@@ -97,3 +97,15 @@ def test_a_task_folder_that_is_not_there_is_named(tmp_path):
         harness.before_after_tasks(
             get_profile("glm-4-9b-lora"), tmp_path, ["ceval-valid"], task_folder=tmp_path / "nowhere"
         )
+
+
+@pytest.mark.slow
+def test_a_task_without_accuracy_is_refused_instead_of_an_empty_table(course, capsys, monkeypatch):
+    import_from_lm_eval("lm_eval", monkeypatch)
+    task = TASK.format(data=course / "tasks" / "questions.json").replace("little_quiz", "little_answers")
+    kept = [line for line in task.splitlines() if not line.startswith(("doc_to_choice", "doc_to_target"))]
+    text = "\n".join(kept).replace("multiple_choice", "generate_until").replace("metric: acc", "metric: exact_match")
+    text += '\ndoc_to_target: "{{answer}}"\ngeneration_kwargs:\n  until: ["\\n"]\n  max_gen_toks: 4\n'
+    (course / "tasks" / "little_answers.yaml").write_text(text, encoding="utf-8")
+    assert evaluate(course, "little_answers") == 2
+    assert "little_answers is not scored by accuracy, but by exact_match" in capsys.readouterr().err

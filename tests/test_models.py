@@ -267,6 +267,25 @@ def test_fewer_targets_than_the_profile_are_refused(profile, tmp_path):
     refused(profile, make_adapter(profile, tmp_path / "adapter", targets=["q_proj"]), "changes 2 modules.*expects 6")
 
 
+def test_other_modules_than_the_profile_s_are_refused(profile, tmp_path):
+    folder = make_adapter(profile, tmp_path / "adapter", targets=["o_proj", "gate_up_proj", "down_proj"])
+    refused(profile, folder, "changes 6 modules .*expects 6")
+
+
+def test_targets_may_be_a_pattern_as_in_peft(profile, adapter):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": r".*self_attn\.(q|k|v)_proj"}))
+    assert models.load_adapter(models.load_base_model(profile, "float32"), adapter, profile)
+
+
+def test_switching_off_leaves_gradients_as_they_were(profile, adapter):
+    model = models.load_adapter(models.load_base_model(profile, "float32"), adapter, profile)
+    before = [weight.requires_grad for weight in model.parameters()]
+    with models.adapter_off(model):
+        pass
+    assert [weight.requires_grad for weight in model.parameters()] == before
+
+
 def test_targets_that_match_nothing_are_refused(profile, adapter):
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text())

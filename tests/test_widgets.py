@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
 
 from glm4_helpers import chat_format
-from glm4_helpers.errors import DataError, ModelError
+from glm4_helpers.errors import DataError, ModelError, SettingError
 from glm4_helpers.generation import answers
 from glm4_helpers.models import load_adapter, load_base_model, load_tokenizer, save_adapter_facts
 from glm4_helpers.profiles import get_profile
@@ -147,6 +147,21 @@ def test_the_base_model_stays_the_base_model_for_others(box, base, tokenizer, ad
     box.close()
     assert greedy(base, tokenizer) == alone
     assert not any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_a_closed_box_asks_nothing_and_leaves_gradients_as_they_were(box, base):
+    before = [weight.requires_grad for weight in base.parameters()]
+    box.send("你好", wait=True)
+    box.close()
+    box.send("还在吗？", wait=True)
+    assert len(box.conversation) == 3
+    assert not any("lora_" in name for name, _ in base.named_parameters())
+    assert [weight.requires_grad for weight in base.parameters()] == before
+
+
+def test_values_out_of_range_are_refused_at_once(base, tokenizer):
+    with pytest.raises(SettingError, match="temperature"):
+        chat_box(base, tokenizer, get_profile("glm4-nano"), temperature=-1)
 
 
 def test_without_adapters_there_is_the_base_model_only(base, tokenizer):

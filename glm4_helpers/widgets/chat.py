@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CourseError
-from ..generation import fit_history, stream
+from ..generation import check_settings, fit_history, stream
 from ..profiles import Profile
 from . import transcript
 from .speakers import Speakers
@@ -51,15 +51,19 @@ def chat_box(
     """A chat box to put last in a cell. A box that is still open in this kernel is closed first.
 
     `model` is a base model, or one that `load_adapter` returned. `adapters` maps names of checkpoints to their
-    folders, the one to begin with last. `system` and `max_new_tokens` None take the profile's. Answers come in the
+    folders, the one to begin with last. While an answer is written the model may have another adapter on, or none:
+    before other cells use it, `box.wait()`. `system` and `max_new_tokens` None take the profile's. Answers come in the
     background, so that the notebook stays usable; on Colab, which shows no updates from there, inside the click, and
-    the notebook's interrupt button stops them. Raises ModelError for a base model that carries an adapter already.
+    the notebook's interrupt button stops them. Raises ModelError for a base model that carries an adapter already,
+    SettingError for values out of range.
     """
+    length = profile.max_new_tokens if max_new_tokens is None else max_new_tokens
+    check_settings(length, temperature, top_p, repetition_penalty)
     for box in list(_open_boxes):
         box.close()
     defaults = Defaults(
         system=(profile.system_prompt or "") if system is None else system,
-        max_new_tokens=max_new_tokens or profile.max_new_tokens,
+        max_new_tokens=length,
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
@@ -98,6 +102,7 @@ class ChatBox:
         self._idle.set()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._closed = False
         self._entered_at = -math.inf
         self._shown_at = -math.inf
         self.last_error: BaseException | None = None
@@ -152,6 +157,8 @@ class ChatBox:
     def close(self) -> None:
         """Stop, take the adapters off the model again, and remove the widgets. The conversation can still be read."""
         _open_boxes.discard(self)
+        with self._lock:
+            self._closed = True
         self.stop()
         self._idle.wait()
         self._speakers.close()
@@ -271,9 +278,9 @@ class ChatBox:
     # Answering
 
     def _begin(self) -> bool:
-        """Whether this caller may ask now: nobody else can until the answers are there."""
+        """Whether this caller may ask now: nobody else can until the answers are there, and nobody once it is closed."""
         with self._lock:
-            if self.busy:
+            if self.busy or self._closed:
                 return False
             self._idle.clear()
             self._stop.clear()

@@ -38,6 +38,7 @@ class Speakers:
                 "This base model carries an adapter already.", "Give the model that load_adapter returned instead."
             )
         self._model = model
+        self._trainable = [(weight, weight.requires_grad) for weight in model.parameters()]
         self._profile = profile
         self._lock = threading.RLock()
         self._folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
@@ -75,6 +76,8 @@ class Speakers:
                 return
             if not self._came_with_adapter:
                 self._model = self._model.unload()
+            for weight, trainable in self._trainable:
+                weight.requires_grad_(trainable)
             for name in [name for name in self._loaded if name != OWN]:
                 peft_name = self._loaded.pop(name)
                 if self._came_with_adapter:
