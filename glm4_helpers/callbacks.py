@@ -6,6 +6,7 @@ Each is a stock TrainerCallback; the trainer itself is put together in training.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -18,6 +19,8 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from .environment import launched_zero_stage
+from .errors import SettingError
 from .generation import answers
 from .models import save_adapter_facts, set_stop_ids
 from .profiles import Profile
@@ -134,7 +137,7 @@ class AnswerAtCheckpoints(TrainerCallback):
 
     def _answer(self, args, state, model) -> None:
         # Where the weights are spread over processes, one process alone can't generate.
-        sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 or bool(args.fsdp)
+        sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 or launched_zero_stage() == 3
         if state.is_world_process_zero and not sharded and self.conversations:
             self._keep(_record(model, self.tokenizer, self.conversations, self.max_new_tokens, state.global_step))
         PartialState().wait_for_everyone()
@@ -204,10 +207,36 @@ class TerminalBar(TrainerCallback):
         self.bar.close()
 
 
+class StopAtNan(TrainerCallback):
+    """Ends a run whose loss or gradients are no numbers any more, before such weights are saved or paid for."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise SettingError(
+                    f"Training broke down before step {state.global_step}: {name} is {value}.",
+                    "Lower training.learning_rate, and leave dtype at the profile's. The newest checkpoint is from before.",
+                )
+
+
 class EvaluationLines(TrainerCallback):
-    """One line on standard error at each evaluation: for logs, where a bar would be noise."""
+    """Lines on standard error, for logs, where a bar would be noise: at each evaluation, else one a minute."""
+
+    seconds_between = 60.0
+
+    def __init__(self) -> None:
+        self.said_at = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}) and time.monotonic() - self.said_at > self.seconds_between:
+            self._say(state, None)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._say(state, metrics)
+
+    def _say(self, state, metrics) -> None:
+        self.said_at = time.monotonic()
         losses = [row["loss"] for row in state.log_history if "loss" in row][-1:]
         loss = f", loss {losses[0]:.4f}" if losses else ""
         dev = (metrics or {}).get("eval_loss")

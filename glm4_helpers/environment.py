@@ -20,7 +20,7 @@ from typing import Any
 
 from . import memory
 from .errors import CourseError, MachineError
-from .paths import home
+from .paths import CHECKPOINTS, home
 from .profiles import Profile, get_profile, profile_names
 
 GIB = 2**30
@@ -165,7 +165,9 @@ def require_room(profile: Profile, folder: Path, length: int, processes: int = 1
     here = machine(next(parent for parent in (folder, *folder.parents) if parent.exists()))
     shape = memory.shape_of(model_config(profile))
     disk = _checkpoint_gib(profile, shape, zero_stage)
-    if disk > here.disk_free_gib:
+    # Those of an interrupted run make room as new ones come.
+    there = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file()) / GIB
+    if disk > here.disk_free_gib + there:
         raise MachineError(
             f"The checkpoints of {profile.name} need about {disk:.1f} GiB; {here.disk_free_gib:.1f} GiB are free for {folder}.",
             "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
@@ -174,6 +176,13 @@ def require_room(profile: Profile, folder: Path, length: int, processes: int = 1
         profile, length=length, gpus=processes, zero_stage=zero_stage, device="gpu" if on_gpu else "cpu"
     )
     memory.require_memory(profile, _free_gib() if on_gpu else here.memory_available_gib / processes, setting, shape)
+
+
+def launched_zero_stage() -> int:
+    """The ZeRO stage that `accelerate launch` started this process with; FSDP, which divides all of it too, counts as 3."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return 3
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
 
 
 def _checkpoint_gib(profile: Profile, shape: memory.Shape, zero_stage: int) -> float:

@@ -19,21 +19,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .callbacks import read_json
 from .chat_format import IGNORE, TERMINATOR, encode, stop_ids
-from .datasets import can_be_learned, data_source, load_messages, split, to_messages
+from .datasets import can_be_asked, data_source, load_messages, split, to_messages
 from .errors import DataError, ModelError
 from .generation import Answer, answers, continuations
 from .models import (
     adapter_off,
     base_folder,
     check_adapter,
+    check_trained_model,
     check_weights,
     load_adapter,
     load_base_model,
     load_tokenizer,
     meta_model,
 )
-from .paths import home
+from .paths import RUN_FILE, TRAINING_FILE, home
 from .profiles import Profile, get_profile, profile_names
 
 SET_NAMES = ("unseen_rows", "unseen_entities", "unseen_phrasings", "second_turns")
@@ -312,8 +314,8 @@ def _digest(messages: Sequence[Mapping[str, str]]) -> bytes:
 
 
 def _is_kept(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int) -> bool:
-    """Whether training would keep the conversation: it has questions and answers, and is short enough."""
-    return can_be_learned(messages) and len(encode(tokenizer, messages)["input_ids"]) <= max_length
+    """Whether training would keep the conversation, and its last answer can be asked for."""
+    return can_be_asked(messages) and len(encode(tokenizer, messages)["input_ids"]) <= max_length
 
 
 def scores(
@@ -361,7 +363,7 @@ def before_after(
     free_text = profile.test_data is None
     dtype, limit = (None, profile.training.max_length) if free_text else (torch.float32, 200)
     check_trained(profile, adapter_dir)
-    held_out = read_free_text(profile, tokenizer, row_count) if free_text else read_held_out(profile, half)
+    held_out = read_free_text(_as_trained(profile, adapter_dir), tokenizer, row_count) if free_text else read_held_out(profile, half)
 
     def score(model: nn.Module) -> Scores:
         return scores(model, tokenizer, held_out, batch_size, limit, profile.terminator)
@@ -379,8 +381,23 @@ def before_after(
 def check_trained(profile: Profile, trained: Path) -> None:
     """Absent weights and an unfit adapter are refused before the base model, which may take minutes, is loaded."""
     check_weights(base_folder(profile), profile)
-    if profile.lora is not None:
+    if profile.lora is None:
+        check_trained_model(trained)
+    else:
         check_adapter(meta_model(profile), trained, profile)
+
+
+def _as_trained(profile: Profile, trained: Path) -> Profile:
+    """The profile with the rows and the split of this very training: those that another holds out may be among its rows."""
+    record = read_json(Path(trained) / TRAINING_FILE) or read_json(Path(trained).parent / RUN_FILE)
+    if record is None:
+        return profile
+    settings = record["facts"]["profile"]
+    return replace(
+        profile,
+        **{name: settings[name] for name in ("train_data", "dev_data", "dev_fraction")},
+        training=replace(profile.training, seed=settings["training"]["seed"]),
+    )
 
 
 def score_both(

@@ -207,6 +207,11 @@ def setting_of(profile: Profile, **changes: Any) -> Setting:
     for name, smallest in (("batch_size", 1), ("length", 1), ("gpus", 1), ("zero_stage", 0)):
         if getattr(setting, name) < smallest:
             raise SettingError(f"{name} can't be {getattr(setting, name)}.", f"Give {name} a value from {smallest}.")
+    if setting.quantization and profile.lora is None:
+        raise SettingError(
+            f"{profile.name} trains all weights, and 4-bit weights can't be trained.",
+            "Leave quantization out, or choose glm-4-9b-qlora.",
+        )
     if setting.zero_stage > 3 or (setting.zero_stage == 3 and setting.quantization):
         raise SettingError(
             f"ZeRO stage {setting.zero_stage} can't be used here.",

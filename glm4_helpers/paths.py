@@ -12,6 +12,8 @@ from .errors import CourseError, SettingError
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints, beside its adapter."""
+RUN_FILE, TRAINING_FILE = "run.json", "training.json"
+"""What a run was made from: in the folder of its checkpoints, and with its figures in that of the finished adapter."""
 
 
 def home() -> Path:
@@ -61,6 +63,16 @@ def shown(path: Path) -> str:
         return path.resolve().relative_to(home()).as_posix()
     except (CourseError, ValueError):
         return str(path)
+
+
+def share_weights(folder: Path) -> None:
+    """Give weights the permissions that new files have: safetensors writes them for their owner alone."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _chosen_home(chosen: str) -> Path:

@@ -334,7 +334,9 @@ def _broken_rule(field: str, value: Any) -> str:
         return "a value above 0"
     if field in _FRACTIONS and not 0 <= value < 1:
         return "a value from 0 up to, but not including, 1"
-    if field in {"weight_decay", "evaluations_per_run", "seed"} and not value >= 0:
+    if field == "seed" and not 0 <= value < 2**32:
+        return f"a value from 0 to {2**32 - 1}"
+    if field in {"weight_decay", "evaluations_per_run"} and not value >= 0:
         return "a value of at least 0"
     return "at least one name" if field == "target_modules" and not value else ""
 

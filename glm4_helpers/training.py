@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
-import os
 import re
 import shutil
 import warnings
@@ -35,24 +34,24 @@ from . import models, tracking
 from .callbacks import (
     AnswerAtCheckpoints,
     MarkComplete,
+    StopAtNan,
     checkpoint_folders,
     is_complete,
     progress,
     read_json,
     write_json,
 )
-from .datasets import data_source, encode_rows, fingerprint, load_messages, split
-from .environment import machine, require_room
+from .chat_format import prompt_ids
+from .datasets import can_be_asked, data_source, encode_rows, fingerprint, load_messages, split, without_nulls
+from .environment import launched_zero_stage, machine, require_room
 from .errors import SettingError
-from .paths import CHECKPOINTS, outputs_dir, shown
+from .paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, share_weights, shown
 from .profiles import Profile, flat_settings, profile_settings
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer  # slow to import, and not needed to load what is finished
 
-TRAINING_FILE = "training.json"
 ANSWERS_FILE = "answers.json"
-RUN_FILE = "run.json"
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 """Packages whose versions are recorded with an adapter, and have to match for it to count as this profile's."""
@@ -60,8 +59,11 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 DEV_QUESTIONS = 14
 """Questions of dev rows that are answered at each checkpoint, beside the profile's sample prompts."""
 
-_NO_EFFECT = {"title", "hub_id", "modelscope_id", "test_data"}
-"""Settings of a profile that training does not depend on."""
+_NO_EFFECT = {
+    "title", "hub_id", "modelscope_id", "test_data", "train_data", "dev_data", "sample_prompts", "system_prompt",
+    "max_new_tokens",
+}  # fmt: skip
+"""Settings of a profile that the trained weights do not depend on; rows are compared by their fingerprint."""
 
 _SAME = "settings, rows, base model and versions are the same"
 
@@ -137,6 +139,7 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=on_gpu,
         logging_steps=10,
+        logging_nan_inf_filter=False,  # a loss that is not finite would be shown as 0
         eval_strategy=looks,
         eval_steps=share,
         save_strategy=looks,
@@ -225,18 +228,22 @@ def _rows(profile: Profile, tokenizer: PreTrainedTokenizerBase, train: Dataset, 
     if encoded[1] is not None:  # in order of length, dev batches hold little padding
         lengths = [len(ids) for ids in encoded[1]["input_ids"]]
         encoded[1] = encoded[1].select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    return _Rows(encoded[0], encoded[1], _questions(profile, dev))
+    return _Rows(encoded[0], encoded[1], _questions(profile, tokenizer, dev))
 
 
-def _questions(profile: Profile, dev: Dataset | None) -> list[list[dict[str, str]]]:
-    """The profile's sample prompts, then questions from evenly spaced dev rows."""
+def _questions(
+    profile: Profile, tokenizer: PreTrainedTokenizerBase, dev: Dataset | None
+) -> list[list[dict[str, str]]]:
+    """The profile's sample prompts, then questions from evenly spaced dev rows that training would keep."""
     system = [{"role": "system", "content": profile.system_prompt}] if profile.system_prompt else []
     questions = [[*system, {"role": "user", "content": prompt}] for prompt in profile.sample_prompts]
     if dev is None:
         return questions
-    spaced = [dev[index]["messages"] for index in range(0, len(dev), math.ceil(len(dev) / DEV_QUESTIONS))]
-    asked = [[{"role": turn["role"], "content": turn["content"]} for turn in messages[:-1]] for messages in spaced]
-    return questions + [messages for messages in asked if messages and messages[-1]["content"]]
+    fit = [messages for messages in dev["messages"] if can_be_asked(messages)]
+    spaced = fit[:: math.ceil(len(fit) / DEV_QUESTIONS) or 1]
+    asked = [without_nulls(messages[:-1]) for messages in spaced]
+    longest = profile.training.max_length
+    return questions + [messages for messages in asked if len(prompt_ids(tokenizer, messages)) <= longest]
 
 
 # What a run depends on
@@ -305,17 +312,25 @@ def train(
     tokenizer = models.load_tokenizer(profile)
     with _sole_use(output), _without_known_warnings():
         rows = _rows(profile, tokenizer, *messages)  # before anything of an earlier run is removed
+        _require_evaluations(profile, rows)
         facts = _facts(profile, *messages)
         _require_room(profile, output, rows)
         start = _shared(lambda: _start(profile, output / CHECKPOINTS, facts, resume))
         return _train(profile, output, tokenizer, rows, facts, start, tracking_mode, callbacks)
 
 
+def _require_evaluations(profile: Profile, rows: _Rows) -> None:
+    if profile.training.early_stopping_patience and (rows.dev is None or not profile.training.evaluations_per_run):
+        raise SettingError(
+            "training.early_stopping_patience needs evaluations on dev rows, and this run has none.",
+            "Set training.evaluations_per_run and dev_data (or dev_fraction), or leave the patience at null.",
+        )
+
+
 def _require_room(profile: Profile, output: Path, rows: _Rows) -> None:
     """Raise MachineError before anything is written where memory or disk are too small for this run."""
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")  # set by accelerate launch
     longest = max(len(ids) for ids in rows.train["input_ids"])
-    require_room(profile, output, longest, PartialState().num_processes, int(stage))
+    require_room(profile, output, longest, PartialState().num_processes, launched_zero_stage())
 
 
 def train_or_load(
@@ -362,9 +377,9 @@ def _train(
         tokenizer, rows.questions, profile.max_new_tokens, work / ANSWERS_FILE, report
     )
     patience = profile.training.early_stopping_patience
-    stopping = [EarlyStoppingCallback(patience)] if patience and rows.dev is not None else []
+    stopping = [EarlyStoppingCallback(patience)] if patience else []
     with _tracked(profile, output, start, tracking_mode) as tracker:
-        own = [marking, answering, *stopping, *filter(None, [tracker, progress()])]
+        own = [StopAtNan(), marking, answering, *stopping, *filter(None, [tracker, progress()])]
         trainer = build_trainer(model, tokenizer, rows.train, rows.dev, profile, work, [*own, *callbacks], config)
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         models.set_stop_ids(trainer.model, tokenizer)
@@ -559,6 +574,7 @@ def _complete(
     if profile.lora is not None:
         _keep_adapter_only(staging, profile)
     models.save_adapter_facts(staging, profile)
+    share_weights(staging)
     if (work / ANSWERS_FILE).exists():
         shutil.copy(work / ANSWERS_FILE, staging / ANSWERS_FILE)
     write_json(staging / TRAINING_FILE, _record(profile, result, facts, distributed_type))
@@ -624,7 +640,13 @@ def why_train(profile: Profile, adapter_dir: Path) -> str:
     models.check_weights(models.base_folder(profile), profile)
     now = _facts(profile, *_messages(profile))
     changed = _difference(record["facts"], {**now, "processes": record["facts"]["processes"]})
-    return f"the adapter in {shown(adapter_dir)} was made otherwise ({changed})" if changed else ""
+    if changed:
+        return f"the adapter in {shown(adapter_dir)} was made otherwise ({changed})"
+    run = read_json(adapter_dir.parent / CHECKPOINTS / RUN_FILE)
+    if run is None or run["finished"]:
+        return ""
+    same = not _difference(run["facts"], {**now, **{name: run["facts"][name] for name in ("processes", "folder")}})
+    return f"a newer run of the same settings in {shown(adapter_dir.parent)} was interrupted" if same else ""
 
 
 def _load_result(adapter_dir: Path) -> TrainingResult:

@@ -639,6 +639,21 @@ def _(folder):
     return command("memory", "--profile", "glm-4-9b-qlora", "--zero", "3")
 
 
+@case("a seed that is too large", "training.seed", "from 0 to 4294967295")
+def _(folder):
+    return command("train", "--seed", "99999999999999")
+
+
+@case("4-bit weights for full fine-tuning", "glm-4-9b-full trains all weights", "glm-4-9b-qlora")
+def _(folder):
+    return command("memory", "--profile", "glm-4-9b-full", "--quantization", "nf4")
+
+
+@case("a chat with a fully fine-tuned model before there is one", "no trained model in", "Train it")
+def _(folder):
+    return command("chat", "--set", "lora=null", typed="你好\n")
+
+
 @case("a rehearsal with rows too short for an answer", "no room for an answer", "--tokens 12")
 def _(folder):
     return command("rehearse", "--layers", "1", "--tokens", "11", "--folder", folder / "rehearsal")

@@ -96,6 +96,14 @@ def test_gpu_check(profile, gpus, ok, word):
     assert bool(check.fix) != ok
 
 
+def test_fsdp_counts_as_zero_stage_three(monkeypatch):
+    assert environment.launched_zero_stage() == 0
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    assert environment.launched_zero_stage() == 2
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert environment.launched_zero_stage() == 3
+
+
 def test_weights_that_are_here_already_need_no_more_room(tmp_path, monkeypatch):
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
     profile = get_profile("glm-4-9b-lora")

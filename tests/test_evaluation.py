@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from glm4_helpers.evaluation import (
     wilson_interval,
 )
 from glm4_helpers.generation import Answer
-from glm4_helpers.profiles import get_profile
+from glm4_helpers.profiles import get_profile, profile_settings
 
 EDGE_TEMPLATE = "{% for item in messages %}<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}<|assistant|>"
 FRUIT = {
@@ -189,6 +190,18 @@ def test_free_text_is_scored_on_rows_that_training_keeps_out(course):
     assert set(chosen) <= {json.dumps(messages) for messages in dev["messages"]}
     again = [json.dumps(row["messages"]) for row in read_free_text(profile, tokenizer, 5)["held_out_rows"]]
     assert again == chosen[:5], "fewer rows are the first of the same"
+
+
+def test_an_adapter_is_scored_on_the_rows_that_its_own_training_held_out(course, monkeypatch, tmp_path):
+    profile, other = free_text_profile(), free_text_profile(**{"training.seed": 7})
+    shutil.copytree(course / "adapter", tmp_path / "adapter")
+    record = {"facts": {"profile": profile_settings(other)}}
+    (tmp_path / "adapter" / "training.json").write_text(json.dumps(record), encoding="utf-8")
+    scored = []
+    monkeypatch.setattr(evaluation, "scores", lambda model, tokenizer, held_out, *rest: scored.append(held_out))
+    evaluation.before_after(profile, tmp_path / "adapter")
+    tokenizer = models.load_tokenizer(profile)
+    assert scored[0] == read_free_text(other, tokenizer) != read_free_text(profile, tokenizer)
 
 
 def test_rows_that_training_would_drop_are_not_scored(course):

@@ -282,6 +282,51 @@ def test_a_run_of_few_steps_without_evaluations_has_a_loss_and_an_adapter(home):
     assert (result.adapter_dir / "adapter_model.safetensors").is_file()
 
 
+def test_dev_rows_that_have_no_question_are_not_asked(home):
+    file = home / "data" / "dev" / "unseen_rows.json"
+    talk = [{"from": "human", "value": "1+1等于多少？"}, {"from": "gpt", "value": "1+1=2。"}]
+    odd = [[*talk, talk[0]], [*talk, talk[1]], [{"from": "human", "value": "一" * 600}, talk[1]]]
+    file.write_text(json.dumps([{"conversations": turns} for turns in (talk, *odd)]), encoding="utf-8")
+    result = training.train(quick(**{"training.epochs": 0.2}), tracking_mode="disabled")
+    asked = json.loads((result.adapter_dir / training.ANSWERS_FILE).read_text(encoding="utf-8"))[0]["answers"]
+    assert len(asked) == len(quick().sample_prompts) + 1
+
+
+def test_a_run_that_breaks_down_ends_before_anything_is_kept(home):
+    profile = quick(**{"training.learning_rate": 1e30, "training.evaluations_per_run": 1})
+    with pytest.raises(SettingError, match="broke down before step"):
+        training.train(profile, tracking_mode="disabled")
+    assert not training.default_adapter_dir(profile).exists()
+
+
+@pytest.mark.parametrize("changed", [{"training.evaluations_per_run": 0}, {"dev_data": None, "dev_fraction": 0.0}])
+def test_early_stopping_without_evaluations_is_refused(home, changed):
+    with pytest.raises(SettingError, match="early_stopping_patience needs evaluations"):
+        training.train(quick(**{"training.early_stopping_patience": 1, **changed}), tracking_mode="disabled")
+
+
+def test_an_interrupted_run_in_the_place_of_a_finished_one_is_gone_on_with(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "home")
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path / "home"))
+    file = tmp_path / "home" / "outputs" / "glm4-nano" / "checkpoints" / training.RUN_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "finished": False}), encoding="utf-8")
+    assert "was interrupted" in training.why_train(quick(), training.default_adapter_dir(quick()))
+
+
+def test_settings_that_leave_the_weights_alone_mean_no_training(finished, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setenv("GLM4_HOME", str(folder))
+    same = quick(max_new_tokens=9, sample_prompts=["你好"], train_data=str(folder / "data" / "train.json"))
+    assert training.why_train(same, training.default_adapter_dir(same)) == ""
+
+
+def test_weights_can_be_read_by_whoever_can_read_other_new_files(finished):
+    _, result = finished
+    modes = {(result.adapter_dir / name).stat().st_mode for name in ("adapter_model.safetensors", "training.json")}
+    assert len(modes) == 1
+
+
 def test_a_folder_in_use_is_refused(home):
     from filelock import FileLock
 

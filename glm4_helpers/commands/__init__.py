@@ -58,6 +58,14 @@ def count(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """An option's value as a seed, which torch and numpy take up to 2**32 - 1."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return number
+
+
 def gibibytes(text: str) -> float:
     """An option's value as a number of GiB above 0."""
     number = float(text)

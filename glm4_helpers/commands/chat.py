@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from . import ADAPTER_HELP, adapter_folder, add_settings, chosen_profile, count
+from . import ADAPTER_HELP, adapter_folder, add_settings, chosen_profile, count, seed
 
 HELP = "talk to the base model and the fine-tuned one in the terminal"
 EXAMPLES = """\
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="R",
         help="above 1 makes repeated tokens less likely (default: 1, none)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="with a temperature: the same answers each time (default: none)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="with a temperature: the same answers each time (default: none)")
     parser.add_argument(
         "--max-new-tokens", type=count, metavar="N", help="longest answer, in tokens (default: the profile's, 200 or 256)"
     )
@@ -46,10 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     profile = chosen_profile(arguments)
+    from ..models import check_trained_model
     from ..terminal_chat import run_chat
 
     adapter = None if arguments.base else adapter_folder(arguments, profile)
     if adapter is not None and profile.lora is None:  # full fine-tuning leaves a whole model and no adapter
+        check_trained_model(adapter)
         profile, adapter = replace(profile, base_model=str(adapter.resolve())), None
     return run_chat(
         profile,
