@@ -216,7 +216,7 @@ class StopAtNan(TrainerCallback):
             if value is not None and not math.isfinite(value):
                 raise SettingError(
                     f"Training broke down before step {state.global_step}: {name} is {value}.",
-                    "Lower training.learning_rate, and leave dtype at the profile's. The newest checkpoint is from before.",
+                    "Lower training.learning_rate, and leave dtype at the profile's. Any checkpoint is from before.",
                 )
 
 

@@ -177,7 +177,9 @@ def test_a_model_that_came_with_an_adapter_keeps_it(base, tokenizer, adapters):
     own = greedy(tuned, tokenizer)
     box = chat_box(tuned, tokenizer, get_profile(), {"checkpoint-2": adapters["checkpoint-2"]}, max_new_tokens=8)
     assert box.checkpoint.options == (OWN, "checkpoint-2")
+    before = {name: weight.requires_grad for name, weight in tuned.named_parameters()}
     box.send("你好", wait=True)
+    assert before.items() <= {name: weight.requires_grad for name, weight in tuned.named_parameters()}.items()
     assert box.conversation[-1]["content"] != own
     assert greedy(tuned, tokenizer) == own
     box.close()

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import ModelError
-from ..models import adapter_off, check_adapter, load_adapter
+from ..models import adapter_off, check_adapter, gradients_as_found, load_adapter
 from ..profiles import Profile
 
 OWN = "as loaded"
@@ -104,13 +104,14 @@ class Speakers:
     @contextmanager
     def _switched_on(self, name: str) -> Iterator[None]:
         before = self._model.active_adapter
-        if name != before:
-            self._model.set_adapter(name, inference_mode=True)
-        self._model.base_model.enable_adapter_layers()
-        try:
-            yield
-        finally:
-            if not self._came_with_adapter:
-                self._model.base_model.disable_adapter_layers()
-            elif name != before:
-                self._model.set_adapter(before)
+        with gradients_as_found(self._model):
+            if name != before:
+                self._model.set_adapter(name, inference_mode=True)
+            self._model.base_model.enable_adapter_layers()
+            try:
+                yield
+            finally:
+                if not self._came_with_adapter:
+                    self._model.base_model.disable_adapter_layers()
+                elif name != before:
+                    self._model.set_adapter(before)
