@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .errors import CourseError, MachineError, ModelError, SettingError, first_line
 from .paths import home
-from .profiles import Profile
+from .profiles import Profile, get_profile, profile_names
 
 GIB = 2**30
 SOURCES = ("huggingface", "modelscope")
@@ -48,8 +48,9 @@ def download(
 
     What is there already is kept, and a file that was cut short is gone on with. ``repository`` None takes the
     profile's; one of another name, such as a chat model to compare with, goes to weights/NAME. ``endpoint`` None takes
-    HF_ENDPOINT or MODELSCOPE_ENDPOINT, else the hub's own address. Raises SettingError for a model in the old format, MachineError for too little disk space or a hub that can't be reached, and ModelError
-    where files are missing or damaged afterwards.
+    HF_ENDPOINT or MODELSCOPE_ENDPOINT, else the hub's own address. Raises SettingError for a model in the old format,
+    MachineError for too little disk space or a hub that can't be reached, and ModelError where files are missing or
+    damaged afterwards.
     """
     repository = repository or hub_id(profile, source)
     refuse_old_name(repository)
@@ -87,9 +88,9 @@ def _base_model(profile: Profile, source: str, repository: str) -> str:
 
 
 def refuse_old_name(repository: str) -> None:
-    """Raise SettingError for the old-format repositories of GLM-4-9B, with the name of the one to use."""
+    """Raise SettingError for an old-format repository of any profile, with the name of the one to use."""
     owner, _, name = repository.rpartition("/")
-    if name.lower() in ("glm-4-9b", "glm-4-9b-chat", "glm-4-9b-chat-1m"):
+    if name.lower() in {old for known in profile_names() for old in get_profile(known).old_names}:
         raise _old_format(repository, f"{owner or 'zai-org'}/{name}-hf")
 
 

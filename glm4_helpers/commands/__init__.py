@@ -6,6 +6,7 @@ The modules are light; what they call is imported in ``run``. Options that sever
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
-from ..profiles import Profile, get_profile, profile_names, settings_from_yaml
-
+from ..profiles import Profile, get_profile, profile_names, settings_from_yaml, yaml_value
 
 ADAPTER_HELP = "the adapter's folder, or the one that train was given as --output (default: outputs/PROFILE/adapter)"
 
@@ -103,17 +103,11 @@ def parse_setting(pair: str) -> tuple[str, Any]:
     key, separator, text = pair.partition("=")
     if not separator or not key.strip():
         raise SettingError(f"--set {pair!r} is not KEY=VALUE.", "Write it as in --set training.epochs=1.")
-    for number in (int, float):
-        try:
-            return key.strip(), number(text)
-        except ValueError:
-            continue
-    if text not in ("true", "false", "null") and not text.startswith(("[", '"', "'")):
-        return key.strip(), text
-    try:
-        return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError:
-        return key.strip(), text
+    is_yaml = text in ("true", "false", "null") or text.startswith(("[", '"', "'"))
+    for meaning in (int, float, yaml_value if is_yaml else str):
+        with contextlib.suppress(ValueError, yaml.YAMLError):
+            return key.strip(), meaning(text)
+    return key.strip(), text
 
 
 def show(arguments: argparse.Namespace, figures: Any, text: str) -> None:
