@@ -267,7 +267,7 @@ def read_plain(name: str) -> list[dict[str, Any]]:
 
 
 def _read_checked(path: Path) -> list[dict[str, Any]]:
-    fix = "Restore it (git checkout -- data) or make it again: python -m glm4_helpers nano data"
+    fix = "Restore it (git checkout -- data) or make it again: python -m nano data"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

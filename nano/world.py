@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from glm4_helpers.nano import facts
-from glm4_helpers.nano.phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
+from . import facts
+from .phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
 
 SEED = 20261124
 IDENTITY = "我是glm4-nano，本课程的小模型。"
@@ -94,12 +94,12 @@ class World:
 def all_relations() -> Iterator[Relation]:
     """Every fact of facts.py as a question and an answer."""
     categorised = [(word, english, category) for category, words in facts.WORDS.items() for word, english in words]
-    for word, english in [*((w, e) for w, e, _ in categorised), *facts.WORDS_WITHOUT_CATEGORY]:
+    for word, english in [*((w, e) for w, e, _ in categorised), *facts.OTHER_WORDS]:
         yield Relation("word_to_english", word, english, f"{word}的英文是{english}。", (word, english), word)
         yield Relation("english_to_word", english, word, f"{english}的中文是{word}。", (word, english), english)
     for word, english, category in categorised:
         yield Relation("category", word, category, f"{word}属于{category}。", (word, english), word)
-    for country, capital, _ in facts.COUNTRIES:
+    for country, capital in facts.COUNTRIES:
         if country == capital or country in facts.CONTESTED_CAPITALS:
             continue
         yield Relation("capital", country, capital, f"{country}的首都是{capital}。", (country, capital), country)
@@ -109,9 +109,8 @@ def all_relations() -> Iterator[Relation]:
         for word, opposite in ((one, other), (other, one)):
             yield Relation("opposite", word, opposite, f"{word}的反义词是{opposite}。", (one, other), word)
     for attribute, pairs in facts.PROPERTIES.items():
-        noun = facts.PROPERTY_WORDING[attribute][1]
         for entity, value in pairs:
-            asked = noun.format(entity=entity)
+            asked = f"{entity}的{attribute}"
             yield Relation("property", asked, value, f"{asked}是{value}。", (entity,), entity, attribute)
 
 

@@ -9,8 +9,8 @@ import json
 import random
 from collections.abc import Callable
 
-from glm4_helpers.nano.phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
-from glm4_helpers.nano.world import (
+from .phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
+from .world import (
     BRIEF_KINDS,
     CLOSINGS,
     OPENINGS,

@@ -94,7 +94,7 @@ def nano_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainingSetting
 def read_documents(path: Path) -> list[str]:
     """The documents of a pretraining text file, one a line with its line breaks written as `\\n`."""
     if not path.is_file():
-        raise ModelError(f"The pretraining text {path} is not there.", "Make it: python -m glm4_helpers nano data")
+        raise ModelError(f"The pretraining text {path} is not there.", "Make it: python -m nano data")
     return [line.replace("\\n", "\n") for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from glm4_helpers.nano import facts
-from glm4_helpers.nano.phrasings import EVERYDAY, LEAD_INS, SYSTEM_PROMPTS
-from glm4_helpers.nano.rows import follow_up, related, style_text, styled, user_turn
-from glm4_helpers.nano.world import (
+from . import facts
+from .phrasings import EVERYDAY, LEAD_INS, SYSTEM_PROMPTS
+from .rows import follow_up, related, style_text, styled, user_turn
+from .world import (
     BRIEF_KINDS,
     RELATION_KINDS,
     Relation,

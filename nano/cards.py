@@ -32,8 +32,8 @@ def data_card(rows: Mapping[str, Sequence[Mapping[str, Any]]], digests: Mapping[
     kinds = Counter(row["kind"] for row in rows["train"])
     return f"""# Data of the small world
 
-Invented for this course by `glm4_helpers/nano/` from seed {seed}; licence Apache-2.0. The same bytes come again with
-`python -m glm4_helpers nano data`. Facts are true as commonly taught; people are invented. Countries whose capital is
+Invented for this course by `nano/` from seed {seed}; licence Apache-2.0. The same bytes come again with
+`python -m nano data`. Facts are true as commonly taught; people are invented. Countries whose capital is
 contested or not fixed by law, and those named like their capital, are not asked for.
 
 ## Files
@@ -87,7 +87,7 @@ each head · vocabulary {config["vocab_size"]:,}: 256 bytes, one token per chara
 lm_head · bfloat16.
 
 ## Pretraining
-{facts["tokens"]:,} tokens of generated Chinese text (`python -m glm4_helpers nano data`, sha256
+{facts["tokens"]:,} tokens of generated Chinese text (`python -m nano data`, sha256
 `{facts["text_sha256"]}`), {facts["steps"]:,} steps of {facts["tokens_per_step"]:,} tokens,
 {facts["minutes"]:.0f} minutes on {facts["cpu"]}. Settings: `{facts["settings"]}`.
 No role token (`<|user|>` and so on) occurs in the text.
