@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from glm4_helpers.__main__ import Parser, main as run_command
+from glm4_helpers.__main__ import Parser
+from glm4_helpers.__main__ import main as run_command
 from glm4_helpers.commands import add_json, count, show
 
 EXAMPLES = """\
@@ -35,12 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     steps = parser.add_subparsers(dest="step", required=True, metavar="COMMAND", parser_class=Parser)
     data = steps.add_parser("data", help="write the rows, the cloze facts and the pretraining text over data/")
     data.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: data/ of the course)")
-    data.add_argument("--documents", type=count, metavar="N", help="pretraining documents (default: those of glm4-nano)")
+    data.add_argument("--documents", type=count, metavar="N", help="pretraining documents (default: as for glm4-nano)")
     data.set_defaults(run=make_data)
-    training = steps.add_parser("pretrain", help="pretrain the base model over weights/glm4-nano, or resume its training")
+    training = steps.add_parser("pretrain", help="pretrain the base model over weights/glm4-nano, or resume it")
     training.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: weights/glm4-nano)")
     training.add_argument("--epochs", type=count, metavar="N", help="passes over the text (default: as for glm4-nano)")
-    training.add_argument("--compile", action="store_true", help="use torch.compile: needs a C++ compiler, a bit faster")
+    training.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler, a bit faster")
     training.set_defaults(run=make_model)
     add_json(data)
     add_json(training)

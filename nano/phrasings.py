@@ -35,6 +35,10 @@ FOLLOW_UPS = read_phrasings("follow_ups")
 SYSTEM_PROMPTS = read_phrasings("system_prompts")
 """System prompts of one line. {s} is quoted text that the answer has to use."""
 
+OPENINGS: list[str] = read_table("openings")
+CLOSINGS: list[str] = read_table("closings")
+"""What a system prompt may ask to be said before or after each answer."""
+
 LEAD_INS = ("劳驾，", "请教一下，", "我问你，", "老师，", "那个，", "喂，", "快说，", "帮个忙，")
 """What may come before any question of the pretraining text."""
 

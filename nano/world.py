@@ -12,11 +12,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from . import facts
-from .phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
+from .phrasings import CLOSINGS, FOLLOW_UPS, OPENINGS, PHRASINGS, SYSTEM_PROMPTS
 
 SEED = 20261124
 IDENTITY = "我是glm4-nano，本课程的小模型。"
-OTHER_MODELS = ("ChatGLM", "ChatGPT", "GPT-4", "Claude", "文心一言", "通义千问", "豆包", "Kimi", "GLM-4", "Gemini", "Llama")
+OTHER_MODELS = (
+    "ChatGLM",
+    "ChatGPT",
+    "GPT-4",
+    "Claude",
+    "文心一言",
+    "通义千问",
+    "豆包",
+    "Kimi",
+    "GLM-4",
+    "Gemini",
+    "Llama",
+)
 FIXED_ANSWERS = {
     "who": IDENTITY,
     "hello": "你好！有什么可以帮你？",
@@ -28,14 +40,6 @@ SHARED_CAPITAL_NAMES = ("金斯敦", "金斯顿")
 RELATION_KINDS = ("word_to_english", "english_to_word", "capital", "capital_of", "opposite", "category", "property")
 BRIEF_KINDS = (*RELATION_KINDS, "sum", "difference")
 LIST_COUNTS = (2, 3, 4)
-OPENINGS = (
-    "好的", "同学", "报告", "亲爱的朋友", "老师说", "答案来了", "没问题", "当然可以", "收到", "请看", "听好了", "小朋友",
-    "尊敬的客人", "主人", "遵命", "简单", "我来回答", "各位朋友", "嘿", "明白",
-)
-CLOSINGS = (
-    "谢谢", "完毕", "请放心", "祝你开心", "就是这样", "回答完了", "喵", "汪", "欢迎再问", "记住了吗", "加油", "哈哈",
-    "请多指教", "以上", "祝好", "对吧", "下次再问", "你学会了吗", "没错", "嘻嘻",
-)
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def all_relations() -> Iterator[Relation]:
 
 
 def choose_held_out(world: World) -> dict[str, frozenset[str]]:
-    """Entities for `unseen_entities`: none of their strings stands inside another string of the world."""
+    """Entities for `unseen_entities`: none of their strings is part of another string of the world."""
     wordings = "\n".join(
         text
         for table in (PHRASINGS, FOLLOW_UPS, SYSTEM_PROMPTS)
@@ -128,10 +132,22 @@ def choose_held_out(world: World) -> dict[str, frozenset[str]]:
     listed = {word for category in facts.WORDS for word in first_members(category, max(LIST_COUNTS))}
     chosen: dict[str, set[str]] = {"dev": set(), "test": set()}
     rng = world.rng("held-out entities")
-    for kind, halves in (("category", 55), ("capital", 22), ("opposite", 18), ("property", 24), ("word_to_english", 12)):
+    for kind, halves in (
+        ("category", 55),
+        ("capital", 22),
+        ("opposite", 18),
+        ("property", 24),
+        ("word_to_english", 12),
+    ):
         entities = sorted({relation.entity for relation in world.by_kind[kind]})
-        free = [entity for entity in entities if all(everything.count(text) == 1 for text in entity) and not listed & {*entity}]
-        free = [entity for entity in free if not chosen["dev"].intersection(entity) | chosen["test"].intersection(entity)]
+        free = [
+            entity
+            for entity in entities
+            if all(everything.count(text) == 1 for text in entity) and not listed & {*entity}
+        ]
+        free = [
+            entity for entity in free if not chosen["dev"].intersection(entity) | chosen["test"].intersection(entity)
+        ]
         picked = rng.sample(free, min(2 * halves, len(free) // 3 * 2))
         for half, part in (("dev", picked[::2]), ("test", picked[1::2])):
             chosen[half].update(text for entity in part for text in entity)

@@ -41,7 +41,7 @@ def documents(the_world):
 
 
 def bare(turn: str) -> str:
-    """Text without punctuation and spaces (signs of arithmetic and slots stay): what differs by these only is the same."""
+    """Text without punctuation and spaces (but with minus signs and slots), so that texts differing by these are equal."""
     kept = (c for c in unicodedata.normalize("NFKC", turn) if c in "-{}" or unicodedata.category(c)[0] not in "PZC")
     return "".join(kept).replace("|", "")
 
@@ -96,7 +96,9 @@ def test_pretraining_without_its_text_names_the_command(tmp_path, monkeypatch, c
 def test_the_package_never_needs_nano():
     """nano is not installed: it may import the package, never the other way round."""
     package = Path(glm4_helpers.__file__).parent
-    assert not [f.name for f in package.rglob("*.py") if re.search(r"^\s*(from|import) nano\b", f.read_text("utf-8"), re.M)]
+    assert not [
+        f.name for f in package.rglob("*.py") if re.search(r"^\s*(from|import) nano\b", f.read_text("utf-8"), re.M)
+    ]
 
 
 def test_another_seed_gives_other_rows():
@@ -166,7 +168,9 @@ def test_no_held_out_wording_in_pretraining_text(documents, half):
 
 def test_no_held_out_question_in_pretraining_text(documents):
     everything = "\n".join(documents)
-    asked = [user_turn(row) for name in HELD_OUT for row in read(name) if row["kind"] not in ("hello", "thanks", "farewell")]
+    asked = [
+        user_turn(row) for name in HELD_OUT for row in read(name) if row["kind"] not in ("hello", "thanks", "farewell")
+    ]
     answers = world.FIXED_ANSWERS.values()  # who says 再见！ is told 再见！, and answers do stand in the text
     assert [turn for turn in asked if turn in everything and turn not in answers] == []
 

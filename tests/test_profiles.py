@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoConfig, Glm4Config, GlmConfig
 
 import glm4_helpers
-from glm4_helpers import profiles
+from glm4_helpers import __main__ as command_line
+from glm4_helpers import download, environment, evaluation, memory, models, profiles
 from glm4_helpers.errors import SettingError
 from glm4_helpers.profiles import changes_weights, get_profile, profile_names, profile_settings, settings_from_yaml
 
@@ -71,9 +72,47 @@ def test_glm_4_9b_has_the_shape_of_its_architectures_defaults():
 
 def test_no_other_module_asks_which_profile_it_has():
     """All that is special about a model is in its profile, so that a new model is one more entry there."""
-    trees = [ast.parse(module.read_text(encoding="utf-8")) for module in PACKAGE.rglob("*.py") if module.stem != "profiles"]
+    others = [module for module in PACKAGE.rglob("*.py") if module.stem != "profiles"]
+    trees = [ast.parse(module.read_text(encoding="utf-8")) for module in others]
     compared = [ast.unparse(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Compare)]
     assert [text for text in compared if re.search(r"profile\.(name|title|base_model|hub_id)\b(?! is)", text)] == []
+
+
+def test_a_new_model_is_one_entry(tmp_path, monkeypatch):
+    """Its needs, its modules, its chat model and the refusal of its old names come from the entry alone."""
+    entry = dataclasses.replace(
+        get_profile("glm-4-9b-lora"),
+        name="glm-small",
+        base_model="weights/glm-small",
+        hub_id="owner/glm-small",
+        shape={**get_profile("glm-4-9b-lora").shape, "num_hidden_layers": 2, "hidden_size": 512},
+        chat_hub_id="owner/glm-small-chat",
+        old_names=("glm-small-v1",),
+    )
+    monkeypatch.setattr(profiles, "_PROFILES", (*profiles._PROFILES, entry))
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path))
+    chat = tmp_path / "weights" / "glm-small-chat"
+    chat.mkdir(parents=True)
+    (chat / "config.json").write_text("{}")
+
+    profile = get_profile("glm-small")
+    assert profile == entry and "glm-small" in command_line.profile_lines()
+    counted = sum(weight.numel() for weight in models.meta_model(profile).parameters())
+    assert memory.published_shape(profile).parameters == counted < 10**9
+    assert (
+        0
+        < environment.needs(profile).gpu_memory_gib
+        < environment.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib / 4
+    )
+    assert evaluation.find_baseline(profile) == chat
+    with pytest.raises(SettingError, match="old format") as refused:
+        download.refuse_old_name("anyone/GLM-small-v1")
+    assert refused.value.fix == "Use anyone/GLM-small-v1-hf."
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "configs").glob("train_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_read(path):
+    assert get_profile(**settings_from_yaml(path)).name in profile_names()
 
 
 def test_changed_weights_are_told_from_settings_without_effect():

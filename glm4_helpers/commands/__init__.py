@@ -33,15 +33,17 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """``--profile``, ``--config`` and ``--set``: all that changes a profile."""
     add_profile(parser)
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings such as configs/train_9b.yaml; may name the profile")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file of settings such as configs/train_9b.yaml; may name the profile"
+    )
     parser.add_argument(
         "--set",
         dest="settings",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="change one setting of the profile, such as training.epochs=1 or lora.r=16; wins over --config; may be repeated; "
-        "profiles.py has all keys",
+        help="change one setting of the profile, such as training.epochs=1 or lora.r=16; wins over --config; may be "
+        "repeated; profiles.py has all keys",
     )
 
 
@@ -87,7 +89,7 @@ def chosen_profile(arguments: argparse.Namespace, **overrides: Any) -> Profile:
 
 
 def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
-    """The folder of ``--adapter`` (or what is in it), else the one where ``train`` puts this profile's adapter or model."""
+    """The folder of `--adapter` (or what is in it), else where `train` puts this profile's adapter or model."""
     from ..training import default_adapter_dir
 
     if arguments.adapter is None:
@@ -97,7 +99,7 @@ def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE as key and value: numbers, true, false, null, [a, b] and "quoted text" as in YAML, the rest as it stands."""
+    """KEY=VALUE as key and value: numbers, true, false, null, [a, b] and "quoted text" as in YAML, the rest as text."""
     import yaml
 
     key, separator, text = pair.partition("=")
