@@ -126,6 +126,7 @@ class Profile:
 
     ``base_model``, ``train_data``, ``dev_data`` and ``test_data`` are paths below the course folder; ``train_data``
     may also be a hub id. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held out instead.
+    ``answer_batch_size`` is how many rows are answered at a time when a model is scored.
 
     The facts at the end are for before a download. ``shape`` holds arguments of the model's config
     (``AutoConfig.for_model``); None where the model ships with the course. ``needs`` None is worked out from ``shape``.
@@ -156,6 +157,7 @@ class Profile:
     system_prompt: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
     max_new_tokens: int = _setting(_COUNT, changes_weights=False)
     terminator: str = _setting(_TEXT, "<|endoftext|>")
+    answer_batch_size: int = _setting(_COUNT, 32, changes_weights=False)
     shape: Mapping[str, Any] | None = None
     needs: Needs | None = None
     chat_hub_id: str | None = None
