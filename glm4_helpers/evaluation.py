@@ -50,7 +50,11 @@ FREE_TEXT_ROWS = 200
 BASELINE_TERMINATOR = "<|user|>"
 """How the published chat models end an answer: with the next turn's role."""
 
-CHECKS = {"exact": ("answers",), "one_of": ("answers",), "distinct_of": ("count", "members", "prefix", "suffix", "separator")}
+CHECKS = {
+    "exact": ("answers",),
+    "one_of": ("answers",),
+    "distinct_of": ("count", "members", "prefix", "suffix", "separator"),
+}
 """The types of checks and what each of them holds."""
 
 
@@ -124,9 +128,12 @@ def paired_test(before: Sequence[bool], after: Sequence[bool]) -> dict[str, floa
     """McNemar's exact test of two models on the same rows (McNemar 1947, Psychometrika 12:153).
 
     Only rows on which the two differ tell them apart: those `gained` and those `lost`. `p_value` is how often a fair
-    coin, thrown for each of them, is at least as far from half and half. Returns the three.
+    coin, thrown for each of them, is at least as far from half and half. Returns the three. Raises DataError for rows
+    that are neither right nor wrong.
     """
     pairs = Counter(zip(before, after, strict=True))
+    if any(None in pair for pair in pairs):
+        raise DataError("Rows without a check are neither right nor wrong.", "Leave them out, or compare `exact`.")
     gained, lost = pairs[False, True], pairs[True, False]
     tail = sum(math.comb(gained + lost, heads) for heads in range(min(gained, lost) + 1))
     return {"gained": gained, "lost": lost, "p_value": min(1.0, 2 * tail / 2 ** (gained + lost))}
@@ -143,7 +150,7 @@ def wording_bootstrap(
     """
     places = {wording: place for place, wording in enumerate(dict.fromkeys(wordings))}
     if len(places) < 2:
-        raise DataError("All rows have the same wording, which tells nothing about others.", "Give rows of several wordings.")
+        raise DataError("All rows have the same wording.", "Give rows of several wordings; one can't be drawn from.")
     sums, rows = np.zeros(len(places)), np.zeros(len(places))
     for value, wording in zip(values, wordings, strict=True):
         sums[places[wording]] += value
@@ -251,7 +258,7 @@ def _answers_by_limit(
 
 
 def _rows_that_fit(model: nn.Module, wanted: int, tokens: int) -> int:
-    """At most `wanted` rows: as many as the GPU's free memory holds keys and values for, which are copied as they grow."""
+    """At most `wanted` rows: those whose keys and values, copied as they grow, fit into the GPU's free memory."""
     if model.device.type != "cuda":
         return wanted
     config = model.config
@@ -277,14 +284,17 @@ def assistant_token_loss(
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
         width = max(len(item["labels"]) for item in batch)
-        ids = torch.tensor([item["input_ids"] + [tokenizer.pad_token_id] * (width - len(item["input_ids"])) for item in batch])
-        labels = torch.tensor([item["labels"] + [IGNORE] * (width - len(item["labels"])) for item in batch])
+        padding = [width - len(item["labels"]) for item in batch]
+        rows = [item["input_ids"] + [tokenizer.pad_token_id] * short for item, short in zip(batch, padding, strict=True)]
+        ids = torch.tensor(rows)
+        wanted = [item["labels"] + [IGNORE] * short for item, short in zip(batch, padding, strict=True)]
+        labels = torch.tensor(wanted)
         # Padding on the right is never looked back at, so no attention mask is needed.
         logits = model(input_ids=ids.to(model.device)).logits
         # Row by row: a whole batch in float32 would take gigabytes at GLM-4's vocabulary of 151,552.
-        for row, wanted in zip(logits, labels.to(logits.device), strict=True):
+        for row, target in zip(logits, labels.to(logits.device), strict=True):
             total += nn.functional.cross_entropy(
-                row[:-1].float(), wanted[1:], ignore_index=IGNORE, reduction="sum"
+                row[:-1].float(), target[1:], ignore_index=IGNORE, reduction="sum"
             ).item()
         count += int((labels[:, 1:] != IGNORE).sum())
     return total / count
@@ -343,7 +353,7 @@ def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]
         return {data.rpartition("/")[2]: _held_out_rows(source, data)}
     if not source.is_dir():
         return {source.stem: _held_out_rows(source, data)}
-    files = [file for file in source.iterdir() if file.is_file() and not file.name.startswith(".") and file.suffix != ".md"]
+    files = [file for file in source.iterdir() if file.is_file() and file.name[0] != "." and file.suffix != ".md"]
     absent = set(SET_NAMES) - {file.stem for file in files} if data in ("data/dev", "data/test") else ()
     if absent:
         raise DataError(f"{source / min(absent)}.json is not there.", _RESTORE)
@@ -351,8 +361,9 @@ def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]
         raise DataError(f"{source} holds no files of rows.", "Give a JSON or JSONL file, or a folder of such files.")
     order = {name: place for place, name in enumerate(SET_NAMES)}  # the course's own, from easy to hard
     files.sort(key=lambda file: (order.get(file.stem, len(order)), file.name))
-    twice = {stem for stem, count in Counter(file.stem for file in files).items() if count > 1}
-    return {file.name if file.stem in twice else file.stem: _held_out_rows(file, f"{data}/{file.name}") for file in files}
+    stems = Counter(file.stem for file in files)
+    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    return {name: _held_out_rows(file, f"{data}/{file.name}") for name, file in zip(names, files, strict=True)}
 
 
 def _held_out_rows(source: str | Path, shown: str) -> list[dict[str, Any]]:
@@ -377,7 +388,8 @@ def _require_check(check: Any, where: str) -> None:
     texts = check.get("answers", check.get("members"))
     if absent or not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         example = '{"type": "one_of", "answers": ["好的。", "行。"]}'
-        raise DataError(f"{where} has a check without {absent[0] if absent else 'a list of texts'}.", f"Write it like {example}.")
+        problem = f"{where} has a check without {absent[0] if absent else 'a list of texts'}."
+        raise DataError(problem, f"Write it like {example}.")
 
 
 def read_plain(name: str) -> list[dict[str, Any]]:
@@ -427,7 +439,8 @@ def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
         return load_messages(data_source(profile.dev_data))["messages"]
     if not profile.dev_fraction:
         raise DataError(f"{profile.name} holds no rows out.", "Train with dev_fraction=0.05, or give dev_data.")
-    return split(load_messages(data_source(profile.train_data)), profile.dev_fraction, profile.training.seed)[1]["messages"]
+    rows = load_messages(data_source(profile.train_data))
+    return split(rows, profile.dev_fraction, profile.training.seed)[1]["messages"]
 
 
 def _identity(messages: Sequence[Mapping[str, str]]) -> str:
@@ -489,9 +502,9 @@ def before_after(
     `row_count` rows that training held out, and `half` is not used. The profile's dtype "auto" is float32 here. Without
     LoRA `adapter_dir` is the folder of the trained model.
 
-    Returns {"profile", "half", "data", "overlap", "before", "after"} and, where asked for, "baseline"; the last three as
-    `score_model` gives them, the baseline with its "name"; `overlap` as `training_overlap` does. Raises ModelError or
-    DataError where weights, adapter or rows are absent.
+    Returns {"profile", "half", "data", "overlap", "before", "after"} and, where asked for, "baseline"; the last three
+    as `score_model` gives them, the baseline with its "name"; `overlap` as `training_overlap` does. Raises ModelError
+    or DataError where weights, adapter or rows are absent.
     """
     tokenizer = load_tokenizer(profile)
     check_trained(profile, adapter_dir)
@@ -505,8 +518,11 @@ def before_after(
         "overlap": 0 if free_text else training_overlap(trained, held_out),
     }
     dtype = torch.float32 if profile.dtype == "auto" else None
-    before, after = score_both(profile, adapter_dir, dtype, lambda model: score_model(profile, model, tokenizer, held_out))
-    result |= {"before": before, "after": after}
+
+    def score(model: nn.Module) -> dict[str, Any]:
+        return score_model(profile, model, tokenizer, held_out)
+
+    result["before"], result["after"] = score_both(profile, adapter_dir, dtype, score)
     if baseline is not None:
         other = baseline_profile(profile, baseline)
         own = load_tokenizer(other)
@@ -525,7 +541,7 @@ def check_trained(profile: Profile, trained: Path) -> None:
 
 
 def _as_trained(profile: Profile, trained: Path) -> Profile:
-    """The profile with the data and split this adapter was trained on; another split might hold out rows it has seen."""
+    """The profile with the data and split of this training; another split might hold out rows that it has seen."""
     record = read_json(Path(trained) / TRAINING_FILE) or read_json(Path(trained).parent / RUN_FILE)
     if record is None:
         return profile

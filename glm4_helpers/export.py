@@ -208,7 +208,7 @@ def _next_tokens(model: nn.Module, sequences: Sequence[list[int]]) -> list[int]:
 
 
 def _compare_tensors(folder: Path, merged: Mapping[str, torch.Tensor]) -> tuple[int, int, list[str]]:
-    """How many tensors the folder's files hold, how many equal the merge to the bit, and names of those that are off."""
+    """How many tensors the folder's files hold, how many equal the merge to the bit, and which are off."""
     count, identical, different = 0, 0, []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as saved:

@@ -99,6 +99,8 @@ def test_the_paired_test_against_published_values():
     assert paired_test(*outcomes(0, 3, 3, 0))["p_value"] == 1.0
     with pytest.raises(ValueError):
         paired_test([True], [True, False])
+    with pytest.raises(DataError, match="neither right nor wrong"):
+        paired_test([True, None], [True, None])
 
 
 def test_intervals_may_overlap_where_the_paired_test_tells_two_models_apart():

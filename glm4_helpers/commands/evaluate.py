@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="test_data, which no choice was made with, or dev_data, on which checkpoints are chosen (default: test)",
     )
     parser.add_argument(
-        "--rows", type=count, metavar="N", help="how many rows that training held out, where there is no test_data (default: 200)"
+        "--rows",
+        type=count,
+        metavar="N",
+        help="how many of the rows that training held out, where there is no test_data (default: 200)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
@@ -86,8 +89,8 @@ def _refuse_unused(arguments: argparse.Namespace, profile: Profile) -> None:
     """Raise SettingError for options that would be left aside in silence."""
     unused = {
         "can't be used with --seeds": ("rows", "baseline") if arguments.seeds else (),
-        f"can't be used with {profile.name}, which has no test_data": ("half",) if profile.test_data is None else (),
-        f"can't be used with {profile.name}: all rows of its test_data are scored": ("rows",) if profile.test_data else (),
+        f"can't be used with {profile.name}, which has no test_data": () if profile.test_data else ("half",),
+        f"can't be used with {profile.name}: all of test_data is scored": ("rows",) if profile.test_data else (),
     }
     for reason, names in unused.items():
         given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
@@ -119,7 +122,7 @@ def _run_seeds(arguments: argparse.Namespace) -> int:
 
 
 def median_and_worst(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Over several seeds, the median and the lowest accuracy, exact match and stop rate after fine-tuning, by held-out set."""
+    """Median and lowest accuracy, exact match and stop rate after fine-tuning, over several seeds, by held-out set."""
     after = [result["after"]["sets"] for result in results]
     figures = {}
     for name in after[0]:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (default: outputs/PROFILE/merged)")
-    where.add_argument("--check", type=Path, metavar="FOLDER", help="only compare again a folder that was exported before")
+    where.add_argument("--check", type=Path, metavar="FOLDER", help="only compare a folder that was exported before")
     add_json(parser)
 
 
