@@ -581,12 +581,11 @@ def _free_memory() -> None:
 def find_baseline(profile: Profile, name: str | None = None) -> Path | None:
     """The folder of a model to compare with: `name` is a folder, a name in weights/, or a profile.
 
-    None means the profile's `chat_hub_id` (weights/glm-4-9b-chat-hf for weights/glm-4-9b-hf), if it is there.
-    Raises ModelError for a name that leads to no model.
+    None means the profile's `chat_model`, if it is there. Raises ModelError for a name that leads to no model.
     """
     if name is None:
-        beside = profile.chat_hub_id and base_folder(profile).parent / Path(profile.chat_hub_id).name
-        return beside if beside and (beside / "config.json").is_file() else None
+        found = profile.chat_model and home() / profile.chat_model
+        return found if found and (found / "config.json").is_file() else None
     places = [Path(name).expanduser(), home() / "weights" / name]
     if name in profile_names():
         places.append(home() / get_profile(name).base_model)
@@ -595,8 +594,7 @@ def find_baseline(profile: Profile, name: str | None = None) -> Path | None:
             return place.resolve()
     raise ModelError(
         f"There is no model to compare with in {' or '.join(map(str, places[-2:]))}.",
-        f"Fetch it: python -m glm4_helpers download --profile {profile.name} --repository "
-        f"{profile.chat_hub_id or 'OWNER/NAME'}",
+        "Fetch it: python -m glm4_helpers download --profile glm-4-9b-lora --repository zai-org/glm-4-9b-chat-hf",
     )
 
 
