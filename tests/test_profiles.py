@@ -118,7 +118,9 @@ def test_shipped_configs_are_read(path):
 def test_changed_weights_are_told_from_settings_without_effect():
     without = ("title", "train_data", "dev_data", "test_data", "sample_prompts", "chat_model", "max_new_tokens")
     assert not any(map(changes_weights, without))
-    assert all(map(changes_weights, ("training.seed", "lora.r", "terminator", "dev_fraction", "data.train", "training.gone")))
+    assert all(
+        map(changes_weights, ("training.seed", "lora.r", "terminator", "dev_fraction", "data.train", "training.gone"))
+    )
 
 
 def test_overrides_dotted_and_nested_leave_the_rest():
