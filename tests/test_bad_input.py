@@ -654,11 +654,6 @@ def _(folder):
     return command("rehearse", "--layers", "1", "--folder", folder / "data")
 
 
-@case("data written into what is a file", "results", "Not a directory")
-def _(folder):
-    return command("nano", "data", "--documents", "20", "--output", save(folder / "results", "mine"))
-
-
 # The environment
 
 
