@@ -180,7 +180,7 @@ class ChatBox:
         )
         longest = max(self._talk.speakers.positions // 2, sampling.max_new_tokens)
         self.length = _labelled(
-            ipywidgets.BoundedIntText, "Longest answer", _WIDER, value=sampling.max_new_tokens, min=1, max=longest
+            ipywidgets.BoundedIntText, "Longest answer (tokens)", _WIDER, value=sampling.max_new_tokens, min=1, max=longest
         )
         self.system = _text_box("System prompt", self._talk.system, "none", rows=1)
         self.message.observe(self._on_text, "value")
@@ -298,7 +298,7 @@ class ChatBox:
 
 _NARROW = ipywidgets.Layout(flex="1 1 11em", width="auto")
 _SMALL = ipywidgets.Layout(width="10.5em")
-_WIDER = ipywidgets.Layout(width="13.5em")
+_WIDER = ipywidgets.Layout(width="17em")
 
 
 class _Panel(ipywidgets.VBox):
