@@ -9,7 +9,7 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,16 +88,20 @@ class Conversation:
                 f"Give max_new_tokens well below {positions:,}.",
             )
 
-    def write(self, reply: Reply, stop: threading.Event | None = None) -> Iterator[str]:
+    def write(self, reply: Reply, stop: threading.Event | None = None) -> Generator[str, None, None]:
         """The pieces of a reply to the last question. After them the reply holds its text and how it ended.
 
-        Raises SettingError for a question that is too long, ModelError for an adapter that is absent or does not fit.
+        Raises SettingError at the call for a question that is too long, and later ModelError for an adapter that is
+        absent or does not fit.
         """
         before = history(self.turns[:-1], reply.speaker, self.system)
         messages = [*before, {"role": "user", "content": self.turns[-1].question}]
         room = self.speakers.positions - self.sampling.max_new_tokens
+        messages, self.dropped = fit_history(self.tokenizer, messages, room)
+        return self._pieces(reply, messages, stop)
+
+    def _pieces(self, reply: Reply, messages: list[Any], stop: threading.Event | None) -> Generator[str, None, None]:
         with self.speakers.speaking(reply.adapter) as model:
-            messages, self.dropped = fit_history(self.tokenizer, messages, room)
             answer = yield from stream(model, self.tokenizer, messages, sampling=self.sampling, stop_event=stop)
         reply.text = answer.text
         if answer.stopped:

@@ -56,7 +56,7 @@ class Sampling:
             ("temperature", Real, lambda t: 0 <= t < most, "0 (greedy) or a positive number such as 0.6"),
             ("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1"),
             ("repetition_penalty", Real, lambda r: 0 < r < most, "a number above 0; 1 is none"),
-            ("seed", Integral | None, lambda s: s is None or 0 <= s < 2**32, f"None or a whole number up to {2**32 - 1}"),
+            ("seed", Integral | None, lambda s: s is None or 0 <= s < 2**32, "None or a whole number from 0, below 2**32"),
         )
         for name, kind, valid, wanted in checks:
             _require(name, getattr(self, name), kind, valid, wanted)
@@ -88,8 +88,7 @@ def answers(
     sampling = sampling if max_new_tokens is None else replace(sampling, max_new_tokens=max_new_tokens)
     stops = stop_ids(tokenizer)
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
-    with _random(sampling.seed, model.device):
-        new = _in_batches(model, tokenizer, prompts, sampling, stops, batch_size)
+    new = _in_batches(model, tokenizer, prompts, sampling, stops, batch_size)
     return [_answer(tokenizer, ids, stops) for ids in new]
 
 
@@ -160,9 +159,7 @@ def fit_history(
 # Settings
 
 
-def _generation_config(
-    tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: Sequence[int]
-) -> GenerationConfig:
+def _generation_config(tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: Sequence[int]) -> GenerationConfig:
     """Settings that name every sampling value: what stays unset would be taken from the model's own file."""
     drawn = {"do_sample": True, "temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": 0}
     greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -177,33 +174,19 @@ def _generation_config(
     )
 
 
-def _penalty(repetition_penalty: float, prompt_length: int) -> LogitsProcessorList:
-    """The penalty on the answer's own tokens. On the prompt it would count padding, and stop ids such as `<|user|>`."""
-    if repetition_penalty == 1:
-        return LogitsProcessorList()
-    return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(repetition_penalty), prompt_length)])
-
-
 @contextmanager
-def _random(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeded inside, and the random state outside left alone; without a seed nothing happens."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; a model that was training goes on training afterwards."""
+def _answering(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Dropout off and the seed, if any, set inside; afterwards training and random state are as before."""
     was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
 
 
 # Batches
@@ -221,7 +204,7 @@ def _in_batches(
     _require("batch_size", batch_size, Integral, lambda n: n >= 1, "a whole number from 1")
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     new: list[list[int]] = [[] for _ in prompts]
-    with _evaluating(model):
+    with _answering(model, sampling.seed):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             rows = _generate(model, tokenizer, [prompts[index] for index in chosen], sampling, stops)
@@ -242,11 +225,13 @@ def _generate(
     length = max(map(len, prompts))
     input_ids = [[tokenizer.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
     attention_mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    # On the prompt the penalty would count padding, and stop ids such as `<|user|>`.
+    penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty), length)
     output = model.generate(
         input_ids=torch.tensor(input_ids, device=model.device),
         attention_mask=torch.tensor(attention_mask, device=model.device),
         generation_config=_generation_config(tokenizer, sampling, stops),
-        logits_processor=_penalty(sampling.repetition_penalty, length),
+        logits_processor=LogitsProcessorList([] if sampling.repetition_penalty == 1 else [penalty]),
         **options,
     )
     return output[:, length:]
@@ -263,7 +248,7 @@ def _end(ids: Sequence[int], stops: Sequence[int]) -> int:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come. Bytes wait until their character is whole; those that never become one end the text.
+    """The text of ids as they come. Bytes wait for their whole character; at the end those that never got there follow.
 
     Control tokens stay visible: an answer should not hold any. The tokenizers library's DecodeStream raises where
     broken bytes follow a character of several byte tokens, as glm4-nano writes its rare ones.
@@ -309,7 +294,7 @@ def _stream(
 
     def work() -> None:
         try:
-            with _evaluating(model), _random(sampling.seed, model.device):
+            with _answering(model, sampling.seed):
                 _generate(model, tokenizer, [prompt], sampling, stops, stopping_criteria=criteria)
             queue.put(None)
         except BaseException as error:  # it belongs to the consumer, who is told below

@@ -147,16 +147,14 @@ class Chat:
     def _write(self, reply: Reply) -> None:
         stop, dropped = threading.Event(), self.talk.dropped
         with self._ctrl_c_stops(stop), closing(self.talk.write(reply, stop)) as pieces:
-            piece = next(pieces, "")
             if self.talk.dropped > dropped:
                 turns = "turn" if self.talk.dropped == 1 else "turns"
                 self.note(f"(the conversation is too long: its oldest {self.talk.dropped} {turns} left out)")
             if self.in_terminal:
-                print(f"{self.profile.name}{self._off()}: ", end="")
+                print(f"{self.profile.name}{self._off()}: ", end="", flush=True)
             try:
-                while piece:
+                for piece in pieces:
                     print(piece, end="", flush=True)
-                    piece = next(pieces, "")
             finally:
                 print("" if self.delimiter is None else f"\n{self.delimiter}", flush=True)
 
@@ -219,7 +217,8 @@ class Chat:
         if state not in ("", "on", "off"):
             raise SettingError(f"/adapter can't be {state!r}.", "Write /adapter on or /adapter off.")
         if self.adapter_dir is None:
-            raise ModelError("There is no adapter to switch: this is the base model alone.", "Load one: /checkpoint NAME.")
+            problem = "There is no adapter to switch: this is the base model alone."
+            raise ModelError(problem, "Load one: /checkpoint NAME.")
         self.adapter_on = state == "on" if state else self.adapter_on
         self.note(self._voice())
 

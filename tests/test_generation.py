@@ -8,15 +8,16 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from hypothesis import settings as hypothesis_settings
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
 from glm4_helpers.chat_format import prompt_ids, stop_ids
 from glm4_helpers.errors import DataError, SettingError
-from glm4_helpers.generation import Answer, Sampling, answers, continuations, fit_history, stream, _pieces
+from glm4_helpers.generation import Answer, Sampling, _pieces, answers, continuations, fit_history, stream
 from glm4_helpers.tokenizer_building import glm4_tokenizer
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from tiny_models import CHARACTERS, tiny_glm, tiny_tokenizer, write_only
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import GenerationConfig
 
 
@@ -119,7 +120,8 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state_alone(rambling, t
     conversations = some_conversations(4)
     before = torch.random.get_rng_state()
     first, again, other = (
-        answers(rambling, tokenizer, conversations, 20, Sampling(temperature=2.0, top_p=1.0, seed=seed)) for seed in (1, 1, 2)
+        answers(rambling, tokenizer, conversations, 20, Sampling(temperature=2.0, top_p=1.0, seed=seed))
+        for seed in (1, 1, 2)
     )
     assert first == again != other
     assert torch.equal(torch.random.get_rng_state(), before)

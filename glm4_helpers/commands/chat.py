@@ -19,7 +19,8 @@ examples:
   python -m glm4_helpers chat --delimiter === < questions.txt
                                               several lines a message, up to a line that is === and nothing else
 
-In a terminal Alt+Enter (or Esc, then Enter) breaks the line, and pasted breaks are kept. Ctrl-C stops an answer. /help lists the commands inside the chat."""
+In a terminal Alt+Enter (or Esc, then Enter) breaks the line, and pasted breaks are kept. Ctrl-C stops an answer.
+/help lists the commands inside the chat."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--delimiter", metavar="TEXT",
-        help="over a pipe: the line that ends a message of several lines, and then also each answer (default: every line is a message)",
+        help="over a pipe: messages of several lines end with a line that is TEXT, and so do answers (default: each line is one)",
     )
 
 

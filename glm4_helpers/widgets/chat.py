@@ -30,7 +30,7 @@ SIDE_BY_SIDE = "side by side"
 SECONDS_BETWEEN_UPDATES = 1 / 12
 
 ENTERED = "\u0004"
-"""Ends the message's text when Enter was pressed. Text and key come as one change, so neither can overtake the other."""
+"""Ends the message's text when Enter was pressed: text and key are one change, so neither can overtake the other."""
 
 _ENTER_SENDS = """
 if (!window.glm4EnterSends) {
@@ -168,20 +168,20 @@ class ChatBox:
         self.stop_button = _button("Stop", "Stop the answer that is being written")
         self.clear_button = _button("Clear", "Forget the conversation")
         names, sampling = self._talk.speakers.adapters, self._talk.sampling
+        hottest, longest = max(2, sampling.temperature), max(self._talk.speakers.positions // 2, sampling.max_new_tokens)
         self.mode = _labelled(
             ipywidgets.Dropdown, "Answers", _NARROW, options=[SIDE_BY_SIDE, TUNED, BASE] if names else [BASE]
         )
         self.checkpoint = _labelled(
             ipywidgets.Dropdown, "Checkpoint", _NARROW, options=names or ["none"], value=(names or ["none"])[-1]
         )
-        hottest = max(2, sampling.temperature)
         self.temperature = _labelled(
             ipywidgets.BoundedFloatText, "Temperature", _SMALL, value=sampling.temperature, min=0, max=hottest, step=0.1
         )
-        longest = max(self._talk.speakers.positions // 2, sampling.max_new_tokens)
         self.length = _labelled(
-            ipywidgets.BoundedIntText, "Longest answer (tokens)", _WIDER, value=sampling.max_new_tokens, min=1, max=longest
-        )
+            ipywidgets.BoundedIntText, "Longest answer (tokens)", _WIDER,
+            value=sampling.max_new_tokens, min=1, max=longest,
+        )  # fmt: skip
         self.system = _text_box("System prompt", self._talk.system, "none", rows=1)
         self.message.observe(self._on_text, "value")
         for setting in (self.temperature, self.length, self.system):
@@ -244,7 +244,7 @@ class ChatBox:
     # Answering
 
     def _begin(self) -> bool:
-        """Whether this caller may ask now: nobody else can until the answers are there, and nobody once it is closed."""
+        """Whether this caller may ask now: nobody else can until the answers are there, nobody in a closed box."""
         with self._lock:
             if self.busy or self._closed:
                 return False
