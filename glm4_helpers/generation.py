@@ -277,7 +277,8 @@ class _EachToken(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         """`input_ids` has shape (1, length so far); gives one bool, shape (1,)."""
         self.give(int(input_ids[0, -1]))
-        return torch.tensor([any(event.is_set() for event in self.events)], device=input_ids.device)
+        asked = any(event.is_set() for event in self.events)
+        return torch.full((1,), asked, dtype=torch.bool, device=input_ids.device)
 
 
 def _stream(
