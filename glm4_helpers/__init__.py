@@ -10,7 +10,7 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = (
-    "errors", "paths", "profiles", "chat_format", "datasets", "models", "environment", "generation", "tracking",
+    "errors", "paths", "profiles", "chat_format", "datasets", "models", "environment", "generation",
     "training", "evaluation", "plots", "widgets", "terminal_chat", "memory", "download", "export", "rehearsal",
     "exercises",
 )  # fmt: skip
@@ -50,6 +50,7 @@ _NAMES = {
     "build_trainer": "training",
     "train": "training",
     "train_or_load": "training",
+    "tracking": "runs",
     "evaluate_rows": "evaluation",
     "before_after": "evaluation",
     "format_table": "evaluation",

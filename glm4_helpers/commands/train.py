@@ -78,10 +78,11 @@ def figures(result) -> dict:
         "adapter_dir": str(result.adapter_dir),
         "seconds": result.seconds,
         "final_loss": result.final_loss,
+        "best_step": result.best_step,
         "log_history": result.log_history,
     }
 
 
 def summary(result) -> str:
     """One line for the terminal."""
-    return f"Result in {shown(result.adapter_dir)}: final loss {result.final_loss:.4f}, trained in {result.seconds:.0f} s."
+    return f"Result in {shown(result.adapter_dir)}: {result.kept}, trained in {result.seconds:.0f} s."

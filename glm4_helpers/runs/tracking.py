@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MachineError, SettingError, first_line
-from .paths import outputs_dir
+from ..errors import MachineError, SettingError, first_line
+from ..paths import outputs_dir
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
