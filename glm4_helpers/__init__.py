@@ -10,10 +10,11 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = (
-    "errors", "paths", "profiles", "chat_format", "datasets", "models", "environment", "generation",
+    "errors", "paths", "profiles", "chat_format", "datasets", "models", "environment", "generation", "tracking",
     "training", "evaluation", "plots", "widgets", "terminal_chat", "memory", "download", "export", "rehearsal",
     "exercises",
 )  # fmt: skip
+_ROOMS = {"tracking": "runs"}
 
 _NAMES = {
     "CourseError": "errors",
@@ -50,7 +51,6 @@ _NAMES = {
     "build_trainer": "training",
     "train": "training",
     "train_or_load": "training",
-    "tracking": "runs",
     "evaluate_rows": "evaluation",
     "before_after": "evaluation",
     "format_table": "evaluation",
@@ -67,7 +67,8 @@ def __getattr__(name: str):
     if name in _NAMES:
         return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
+        room = f".{_ROOMS[name]}" if name in _ROOMS else ""
+        return importlib.import_module(f"{room}.{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -424,7 +424,7 @@ def test_a_file_of_own_rows_is_scored_as_one_set(course, tmp_path, monkeypatch, 
 
 
 def is_trained(row):
-    train, _ = training._messages(free_text_profile())
+    train, _ = rows.train_and_dev(free_text_profile())
     return to_messages(row) in [models_messages(messages) for messages in train["messages"]]
 
 

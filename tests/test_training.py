@@ -475,7 +475,8 @@ def test_rows_beyond_the_model_s_positions_are_refused(home):
 
 def test_an_adapter_of_dtype_auto_is_recorded_with_its_dtype_and_counts_on_any_machine(home, monkeypatch):
     here = {"auto": torch.float32}
-    monkeypatch.setattr(models, "resolve_dtype", lambda dtype: here.get(dtype) or getattr(torch, dtype))
+    resolve = models.resolve_dtype
+    monkeypatch.setattr(models, "resolve_dtype", lambda dtype: resolve(here.get(dtype, dtype)))
     profile = quick(dtype="auto", **{"training.epochs": 0.1, "training.evaluations_per_run": 0})
     result = training.train(profile, tracking_mode="disabled")
     record = json.loads((result.adapter_dir / "training.json").read_text(encoding="utf-8"))
@@ -493,7 +494,7 @@ class Watch(TrainerCallback):
         self.full_in = full_in
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.model = weakref.ref(model)
+        self.model = weakref.ref(model.get_base_model())
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.full_in:

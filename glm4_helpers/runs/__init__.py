@@ -2,7 +2,3 @@
 
 Training is the door to this room; nothing here builds a trainer.
 """
-
-from . import tracking
-
-__all__ = ["tracking"]
