@@ -147,7 +147,7 @@ def train(
         except torch.OutOfMemoryError:
             pass  # its traceback holds the model, so the answer is raised after it is gone
         finally:
-            gc.collect()  # TRL's forward closes a circle of references, and the weights would stay until chance frees them
+            gc.collect()  # TRL's forward closes a circle of references, in which the weights would stay
             torch.cuda.empty_cache()
         raise _out_of_memory(profile, rows, work)
 
@@ -180,8 +180,10 @@ def _train(
     patience = profile.training.early_stopping_patience
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     with _tracked(profile, work, start, tracking_mode) as tracker:
-        own = [StopAtNan(), marking, answering, *stopping, *filter(None, [tracker, progress()])]
-        trainer = build_trainer(model, tokenizer, rows.train, rows.dev, profile, work, [*own, *callbacks], config)
+        # Progress comes last, as the trainer itself would add it: in a notebook it takes figures out of the metrics.
+        all_of_them = [StopAtNan(), marking, answering, *stopping, tracker, *callbacks, progress()]
+        present = [callback for callback in all_of_them if callback is not None]
+        trainer = build_trainer(model, tokenizer, rows.train, rows.dev, profile, work, present, config)
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     result = result_of(trainer, default_adapter_dir(profile, output), marking.seconds, answering.records, start)
     publish(trainer, profile, result, facts, work)
@@ -221,10 +223,11 @@ def _out_of_memory(profile: Profile, rows: _Rows, work: Path) -> MachineError:
     )
     shape = memory.shape_of(models.model_config(profile))
     near = memory.nearest_fit(profile, memory.estimate(profile, setting, shape).total_gib - 0.01, setting, shape)
-    fix = f"try {memory.describe(near)}, in another folder (--output)" if near else "take a smaller profile or a larger GPU"
+    smaller = f"try {memory.describe(near)}, in another folder (--output)" if near else "take a smaller profile"
     return MachineError(
         f"The GPU has run out of memory for {profile.name} with {memory.describe(setting)}.",
-        f"Close what else uses the GPU and run it again: it goes on from the newest checkpoint in {shown(work)}. Or {fix}.",
+        "Close what else uses the GPU and run it again: it goes on from the newest checkpoint in "
+        f"{shown(work)}. Or {smaller}.",
     )
 
 

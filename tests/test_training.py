@@ -255,7 +255,8 @@ def test_what_a_user_says_about_dev_rows_is_done(home):
     assert len(train_and_dev(quick(train_data=mine, dev_data="data/judge.json"))[1]) == 6
     assert train_and_dev(quick(train_data=mine, dev_data=None))[1] is None
     assert len(train_and_dev(quick(train_data=mine, dev_fraction=0.5))[1]) > 25
-    assert len(train_and_dev(quick(train_data=str(home / "data" / "train.json")))[1]) == 20, "the same rows, another path"
+    same = quick(train_data=str(home / "data" / "train.json"))
+    assert len(train_and_dev(same)[1]) == 20, "the profile's rows by another path"
     with pytest.raises(SettingError, match="dev_fraction is 0.5, but the dev rows are those of dev_data"):
         train_and_dev(quick(dev_fraction=0.5))
 
@@ -543,7 +544,7 @@ def test_a_notebook_shows_one_table_of_losses_and_no_noise(home):
     import nbformat
     from nbclient import NotebookClient
 
-    code = f"from glm4_helpers import get_profile, train_or_load\nr = train_or_load(get_profile('glm4-nano', **{QUICK!r}))"
+    code = f"from glm4_helpers import get_profile, train_or_load\nr = train_or_load(get_profile(**{QUICK!r}))"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(home)}}).execute(env=environment)
@@ -552,7 +553,8 @@ def test_a_notebook_shows_one_table_of_losses_and_no_noise(home):
     assert len(tables) == 1 and tables[0].count("<tr>") == 3 and "[40/40" in tables[0]
     for title in ("Step", "Training Loss", "Validation Loss"):
         assert tables[0].count(f"<th>{title}</th>") == 1
-    printed = "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    streams = [output for output in outputs if output.output_type == "stream"]
+    printed = "".join(output["text"] for output in streams if output.name == "stdout")
     lines = [line for line in printed.splitlines() if "real_accelerator.py" not in line]  # DeepSpeed, where installed
     assert lines == [
         "Training glm4-nano: there is no finished adapter in outputs/glm4-nano/adapter.",

@@ -43,21 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this run's folder: the result goes to adapter/ in it (full fine-tuning: model/), "
         "checkpoints to checkpoints/ (default: outputs/PROFILE)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same as --set training.seed=N (default: the profile's, 42)")
     parser.add_argument(
-        "--force", action="store_true", help="train from the start even if a finished adapter is there; its checkpoints go"
+        "--seed", type=int, metavar="N", help="the same as --set training.seed=N (default: the profile's, 42)"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="train from the start even if a finished adapter is there; its checkpoints go",
     )
     parser.add_argument(
         "--no-resume",
         action="store_true",
-        help="drop an unfinished run and start from the beginning (default: go on from its newest checkpoint); a finished one needs --force",
+        help="drop an unfinished run and start from the beginning (default: go on from its newest checkpoint); "
+        "a finished one needs --force",
     )
     parser.add_argument(
         "--tracking",
         choices=("offline", "local", "cloud", "disabled"),
         default="offline",
-        help="where SwanLab, which records losses and answers, keeps the run: offline (the default) in outputs/swanlog, "
-        "without account or network; local for its dashboard, which is a package of its own; cloud after `swanlab login`",
+        help="where SwanLab, which records losses and answers, keeps the run: offline (the default) in "
+        "outputs/swanlog, without account or network; local for its dashboard, which is a separate package; "
+        "cloud after `swanlab login`",
     )
     add_json(parser)
 

@@ -29,7 +29,7 @@ from .files import read_json, write_json
 class AnswerAtCheckpoints(TrainerCallback):
     """Greedy answers to fixed questions before the first step and at each evaluation, kept in a file and reported.
 
-    ``records`` is a list of {"step", "stop_rate", "answers": [{"question", "answer", "stopped"}]}.
+    `records` is a list of {"step", "stop_rate", "answers": [{"question", "answer", "stopped"}]}.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class AnswerAtCheckpoints(TrainerCallback):
 
     def _answer(self, args, state, model) -> None:
         # Where the weights are spread over processes, one process alone can't generate.
-        sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 or launched_zero_stage() == 3
+        plugin = args.deepspeed_plugin
+        sharded = plugin is not None and plugin.zero_stage == 3 or launched_zero_stage() == 3
         if state.is_world_process_zero and not sharded and self.conversations:
             self._keep(_record(model, self.tokenizer, self.conversations, self.max_new_tokens, state.global_step))
         PartialState().wait_for_everyone()

@@ -105,13 +105,13 @@ def _begin(work: Path, facts: Mapping[str, Any], tracked: dict[str, Any] | None)
 
 
 def _tracked(run: Mapping[str, Any], work: Path) -> dict[str, Any] | None:
-    """How the run was tracked. The tracked files of a run folder that was moved or copied are not this run's to drop."""
+    """How the run was tracked. Where its folder was copied, the tracked files are still the first run's."""
     tracked = run.get("tracking")
     return {**tracked, "folder": None} if tracked and run["facts"]["folder"] != str(work) else tracked
 
 
 def _name_best_here(checkpoint: Path) -> None:
-    """The trainer keeps the best checkpoint's absolute path, which is another once the run's folder was moved or copied."""
+    """The trainer keeps the best checkpoint's absolute path, which is wrong in a folder that was moved or copied."""
     state, marker = read_json(checkpoint / _STATE), read_json(checkpoint / MARKER)
     here = str(checkpoint.with_name(f"checkpoint-{state['best_global_step']}"))
     if state["best_model_checkpoint"] not in (None, here):
@@ -138,8 +138,8 @@ class MarkComplete(TrainerCallback):
     """Marks each checkpoint once all of its files are there, so that one cut short can be told from a whole one.
 
     Before the mark comes which base model the checkpoint belongs to, so that it loads like a finished adapter.
-    It also has the trainer log wherever it saves, since the mean loss since the last log is not part of a checkpoint, and
-    at the last step, so that a run shorter than the distance between two logs has a loss, too.
+    It also has the trainer log wherever it saves, since the mean loss since the last log is not part of a checkpoint,
+    and at the last step, so that a run shorter than the distance between two logs has a loss, too.
     """
 
     def __init__(self, profile: Profile, resumed_from: Path | None = None) -> None:

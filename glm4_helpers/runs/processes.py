@@ -26,8 +26,8 @@ def join_processes() -> None:
     if count > 1 and state.distributed_type == DistributedType.NO:
         raise SettingError(
             f"{count} GPUs are visible, and a process trains on one.",
-            "Show it one: put CUDA_VISIBLE_DEVICES=0 before the command, or set it at the top of the notebook, before torch "
-            f"is imported. Or use all of them: accelerate launch --num_processes {count} -m glm4_helpers train ...",
+            "Show it one: put CUDA_VISIBLE_DEVICES=0 before the command, or set it at the top of the notebook, before "
+            f"torch is imported. Or use all: accelerate launch --num_processes {count} -m glm4_helpers train ...",
         )
 
 
@@ -64,7 +64,8 @@ def sole_use(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError(
-            f"The output folder {output} can't be created: {error.strerror}.", "Choose another one (--output, output_dir)."
+            f"The output folder {output} can't be created: {error.strerror}.",
+            "Choose another one (--output, output_dir).",
         ) from error
     lock = FileLock(output / ".lock")
     try:

@@ -68,7 +68,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     names = [name for name in {**old, **new} if name != "folder" and changes_weights(name.removeprefix("profile."))]
     changed = [name for name in names if old.get(name) != new.get(name)]
     return "; ".join(
-        f"{name.removeprefix('profile.')} was {_brief(old.get(name))} and is {_brief(new.get(name))}" for name in changed
+        f"{name.removeprefix('profile.')} was {_brief(old.get(name))} and is {_brief(new.get(name))}"
+        for name in changed
     )
 
 

@@ -6,6 +6,7 @@ Reading and encoding rows is left to datasets.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -47,7 +48,8 @@ def train_and_dev(profile: Profile) -> tuple[Dataset, Dataset | None]:
 def dev_note(profile: Profile, train: Dataset, dev: Dataset | None) -> str:
     """What a user should know of the rows that judge a run, in one line; empty where there is nothing to say."""
     if dev is None:
-        why = f"{len(train)} rows are too few to hold some out" if _chooses_by_itself(profile) else "no rows are held out"
+        few = f"{len(train)} rows are too few to hold some out"
+        why = few if _chooses_by_itself(profile) else "no rows are held out"
         return f"There is no dev set ({why}): the weights of the last step are kept."
     if _chooses_by_itself(profile):
         return (
@@ -69,8 +71,12 @@ def _usual(profile: Profile) -> Profile:
 
 
 def _has_own_rows(profile: Profile) -> bool:
-    own, usual = (Path(data_source(each.train_data)).expanduser().resolve() for each in (profile, _usual(profile)))
-    return own != usual
+    return _places(profile.train_data) != _places(_usual(profile).train_data)
+
+
+def _places(data: str | Sequence[str]) -> list[Path]:
+    sources = [data] if isinstance(data, str) else data
+    return [Path(data_source(source)).expanduser().resolve() for source in sources]
 
 
 def _chooses_by_itself(profile: Profile) -> bool:
