@@ -204,9 +204,8 @@ def test_lora_targets_that_the_model_lacks_are_refused(home):
 
 
 def test_a_module_that_two_lora_targets_name_is_refused(home):
-    for targets in (["q_proj", "q_proj"], ["v_proj", "self_attn.v_proj"]):
-        with pytest.raises(SettingError, match="names model.layers.0.self_attn.._proj 2 times"):
-            training.train(quick(**{"lora.target_modules": targets}), tracking_mode="disabled")
+    with pytest.raises(SettingError, match="names model.layers.0.self_attn.v_proj 2 times"):
+        training.train(quick(**{"lora.target_modules": ["v_proj", "self_attn.v_proj"]}), tracking_mode="disabled")
 
 
 # Whose rows judge

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..datasets import data_source, load_messages, split, without_nulls
 from ..errors import DataError, SettingError
-from ..profiles import Profile, get_profile, profile_names
+from ..profiles import Profile, unchanged
 
 OWN_DEV_FRACTION = 0.1
 """Share of own training rows that is held out where the profile names no share."""
@@ -32,7 +32,7 @@ def train_and_dev(profile: Profile) -> tuple[Dataset, Dataset | None]:
     `dev_fraction` that `dev_data` would leave unused.
     """
     rows = load_messages(data_source(profile.train_data))
-    usual = _usual(profile)
+    usual = unchanged(profile)
     if _chooses_by_itself(profile):
         return _held_out_if_enough(rows, usual.dev_fraction or OWN_DEV_FRACTION, profile.training.seed)
     if profile.dev_data is None or (_has_own_rows(profile) and profile.dev_data == usual.dev_data):
@@ -65,13 +65,8 @@ def dev_note(profile: Profile, train: Dataset, dev: Dataset | None) -> str:
     )
 
 
-def _usual(profile: Profile) -> Profile:
-    """The profile as it was before settings were changed."""
-    return get_profile(profile.name) if profile.name in profile_names() else profile
-
-
 def _has_own_rows(profile: Profile) -> bool:
-    return _places(profile.train_data) != _places(_usual(profile).train_data)
+    return _places(profile.train_data) != _places(unchanged(profile).train_data)
 
 
 def _places(data: str | Sequence[str]) -> list[Path]:
@@ -81,9 +76,9 @@ def _places(data: str | Sequence[str]) -> list[Path]:
 
 def _chooses_by_itself(profile: Profile) -> bool:
     """Whether the training rows are a user's own and nothing was said about dev rows."""
-    usual = _usual(profile)
-    unchanged = (profile.dev_data, profile.dev_fraction) == (usual.dev_data, usual.dev_fraction)
-    return unchanged and _has_own_rows(profile)
+    usual = unchanged(profile)
+    same_dev_rows = (profile.dev_data, profile.dev_fraction) == (usual.dev_data, usual.dev_fraction)
+    return same_dev_rows and _has_own_rows(profile)
 
 
 def _held_out_if_enough(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
