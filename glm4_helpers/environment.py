@@ -7,13 +7,16 @@ Light to import; torch is imported when the GPU is asked for.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,9 +159,11 @@ def needs(profile: Profile) -> Needs:
     )
 
 
-def require_room(profile: Profile, folder: Path, length: int, processes: int = 1, zero_stage: int = 0) -> None:
+def require_room(
+    profile: Profile, folder: Path, lengths: Sequence[int], processes: int = 1, zero_stage: int = 0
+) -> None:
     """Raise MachineError, with the numbers and the nearest setting that fits, where a training can't have its memory
-    or its disk space. ``length`` is that of the longest row in tokens; ``folder`` is where checkpoints go."""
+    or its disk space. ``lengths`` are those of all rows in tokens; ``folder`` is where checkpoints go."""
     from .models import default_device, model_config
 
     on_gpu = default_device().type == "cuda"
@@ -172,9 +177,11 @@ def require_room(profile: Profile, folder: Path, length: int, processes: int = 1
             f"The checkpoints of {profile.name} need about {disk:.1f} GiB; {here.disk_free_gib:.1f} GiB are free for {folder}.",
             "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
         )
+    longest = tuple(heapq.nlargest(profile.training.per_device_batch_size, lengths))
     setting = memory.setting_of(
-        profile, length=length, gpus=processes, zero_stage=zero_stage, device="gpu" if on_gpu else "cpu"
-    )
+        profile, length=longest[0], lengths=longest, gpus=processes, zero_stage=zero_stage,
+        triton=importlib.util.find_spec("triton") is not None, device="gpu" if on_gpu else "cpu",
+    )  # fmt: skip
     memory.require_memory(profile, _free_gib() if on_gpu else here.memory_available_gib / processes, setting, shape)
 
 

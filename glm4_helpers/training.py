@@ -329,8 +329,8 @@ def _require_evaluations(profile: Profile, rows: _Rows) -> None:
 
 def _require_room(profile: Profile, output: Path, rows: _Rows) -> None:
     """Raise MachineError before anything is written where memory or disk are too small for this run."""
-    longest = max(len(ids) for ids in rows.train["input_ids"])
-    require_room(profile, output, longest, PartialState().num_processes, launched_zero_stage())
+    lengths = [len(ids) for ids in rows.train["input_ids"]]
+    require_room(profile, output, lengths, PartialState().num_processes, launched_zero_stage())
 
 
 def train_or_load(

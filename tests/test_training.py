@@ -96,11 +96,11 @@ def test_lora_config_is_the_profile_s():
 
 def test_sft_config_is_the_profile_s(tmp_path):
     settings = training.sft_config(get_profile("glm-4-9b-lora"), tmp_path, torch.bfloat16)
-    assert (settings.learning_rate, settings.num_train_epochs, settings.max_length) == (5e-4, 3, 512)
+    assert (settings.learning_rate, settings.num_train_epochs) == (5e-4, 3)
     assert (settings.per_device_train_batch_size, settings.per_device_eval_batch_size) == (2, 4)
     assert (settings.eval_steps, settings.save_steps) == (0.1, 0.1)
     assert settings.gradient_checkpointing and settings.report_to == []
-    assert not settings.padding_free
+    assert settings.padding_free and settings.max_length is None
 
 
 def test_nano_trains_without_padding_where_a_batch_has_several_rows(tmp_path):

@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits, or not (default: the profile's)")
     parser.add_argument(
+        "--triton",
+        action=argparse.BooleanOptionalAction,
+        help="whether TRL's kernels run; they need Triton, which torch brings on Linux only (default: yes)",
+    )
+    parser.add_argument(
         "--device", choices=("gpu", "cpu"), help="what trains (default: a cpu for glm4-nano, a gpu for the others)"
     )
     parser.add_argument(
@@ -63,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         gpus=arguments.gpus,
         zero_stage=arguments.zero,
         gradient_checkpointing=arguments.checkpointing,
+        triton=arguments.triton,
         device=arguments.device or _usual_device(profile, arguments.gpu_memory),
         quantization=arguments.quantization,
     )

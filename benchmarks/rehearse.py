@@ -5,6 +5,7 @@ Each stage runs in a process of its own, so that its peak memory is its own. Wha
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -14,17 +15,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from . import memory
-from .errors import CourseError, MachineError, SettingError
-from .profiles import Profile, get_profile, profile_settings
+from benchmarks import cpu_memory
+from glm4_helpers import memory
+from glm4_helpers.commands import add_profile, chosen_profile, count, quiet_libraries
+from glm4_helpers.environment import machine
+from glm4_helpers.errors import CourseError, MachineError, SettingError
+from glm4_helpers.memory import GIB
+from glm4_helpers.paths import outputs_dir
+from glm4_helpers.profiles import Profile, get_profile, profile_settings
 
-GIB = 2**30
+EXAMPLES = """\
+examples, from the clone:
+  python -m benchmarks.rehearse --profile glm-4-9b-lora --layers 2    minutes, 5 GiB of memory and disk
+  python -m benchmarks.rehearse --profile glm-4-9b-lora    all layers: 22 GiB of memory, 20 of disk
+  python -m benchmarks.rehearse --profile glm-4-9b-qlora --keep --folder /data/rehearsal
+
+Builds the model with random weights, loads it, trains, kills the training, resumes it, loads the
+adapter and answers. Nothing is downloaded, and the answers mean nothing. Without a GPU, the RAM
+that each stage takes stands beside an estimate for a CPU; with one, the GPU memory beside the
+estimate of `memory`. Empty CUDA_VISIBLE_DEVICES= in front keeps it off a GPU. Linux and macOS
+only; glm-4-9b-qlora needs bitsandbytes."""
+ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 2 * GIB
 POOL = 16_777_213
 """Random numbers that weights are filled from, a prime so that no two rows of a matrix start alike."""
@@ -41,7 +58,10 @@ or less of them, and a peak could not be compared with arithmetic. Other C libra
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: seconds, peak memory above what the imports take, the estimate where there is one, and findings."""
+    """One stage: seconds, peak memory in GiB, the estimate where there is one, and findings.
+
+    The peak is RAM above what the imports take; of a stage that ran on a GPU, what torch reserved there and the CUDA context.
+    """
 
     name: str
     seconds: float
@@ -71,8 +91,11 @@ def rehearse(
     config = model_config(profile, layers)
     folder = Path(folder).resolve()
     _check_folder(folder)
-    setting = memory.setting_of(profile, batch_size=batch_size, length=tokens, device="cpu")
-    wanted = memory.require_memory(profile, _available_gib(), setting, config)
+    gpu = on_gpu()
+    setting = memory.setting_of(profile, batch_size=batch_size, length=tokens, device="gpu" if gpu else "cpu")
+    wanted = memory.require_memory(profile, _available_gib(gpu), setting, config)
+    if not gpu:
+        wanted = cpu_memory.estimate(profile, setting, config)
     _check_disk(folder, profile, config)
     done = []
     for name, act in (
@@ -90,7 +113,7 @@ def rehearse(
 
 def model_config(profile: Profile, layers: int | None = None) -> Any:
     """The config of the profile's model with so many layers. Raises SettingError for more than it has, or none."""
-    from .models import model_config as whole
+    from glm4_helpers.models import model_config as whole
 
     config = whole(profile)
     if layers is None:
@@ -128,7 +151,7 @@ def stand_in_tokenizer(config: Any):
     """A tokenizer with GLM-4's special tokens at their true ids and one token a byte; no merges, since none are here."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from .tokenizer_building import glm4_tokenizer
+    from glm4_helpers.tokenizer_building import glm4_tokenizer
 
     first = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -144,7 +167,7 @@ def _write_weights(profile: Profile, config: Any, base: Path) -> int:
     """Seeded random bfloat16 weights in shards of SHARD_BYTES with an index. Returns the number of shards."""
     from safetensors.torch import save_file
 
-    from .models import meta_model
+    from glm4_helpers.models import meta_model
 
     model = meta_model(config)
     shards = list(_shards(model.state_dict()))
@@ -196,13 +219,13 @@ def _filled(names: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 def _in_process(stage: str, profile: Profile, folder: Path, tokens: int, batch_size: int) -> dict[str, Any]:
     """Run a stage and return what it found. The stage "train" has to end by its own SIGKILL."""
     result = folder / f"{stage}.json"
-    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     job = {
         "stage": stage, "profile": profile_settings(profile), "tokens": tokens, "batch_size": batch_size,
         "result": str(result),
     }  # fmt: skip
     finished = subprocess.run(
-        [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({job!r})"],
+        [sys.executable, "-c", f"from benchmarks.rehearse import work; work({job!r})"],
         env={**os.environ, **RETURN_FREED_MEMORY, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -219,7 +242,7 @@ def work(job: dict[str, Any]) -> None:
     # What is imported belongs to the baseline, also what training would import only later.
     from trl import SFTTrainer  # noqa: F401
 
-    from . import generation, training  # noqa: F401
+    from glm4_helpers import generation, training  # noqa: F401
 
     settings = dict(job["profile"])
     profile = _rehearsed(get_profile(settings.pop("name"), **settings), job["tokens"], job["batch_size"])
@@ -236,6 +259,8 @@ class _Keeper:
 
     def __call__(self, found: dict[str, Any]) -> None:
         peak = (_peak_bytes() - self.baseline) / GIB
+        if on_gpu():
+            found, peak = {**found, **gpu_peak()}, used_gib()
         self.file.write_text(json.dumps({**found, "peak_gib": peak}), encoding="utf-8")
 
 
@@ -256,7 +281,7 @@ def _rehearsed(profile: Profile, tokens: int, batch_size: int) -> Profile:
 
 
 def _load(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    from . import models
+    from glm4_helpers import models
 
     model = models.load_base_model(profile)
     shape = memory.shape_of(model.config)
@@ -274,31 +299,50 @@ def _numbers(weight: Any) -> int:
 
 class _MeasureTraining(TrainerCallback):
     """Forgets the peak of loading, which has a stage of its own: weights that are quantized are read through pages of
-    their files, and those stay resident until all are read, unless the system needs them."""
+    their files, and those stay resident until all are read, unless the system needs them. Takes the time of each step."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.seconds = tokens, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         _reset_peak()
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        synchronize()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def found(self) -> dict[str, Any]:
+        """Seconds and real tokens a second of the last whole step; the first one has to warm up."""
+        return {"s_a_step": round(self.seconds[-1], 3), "tokens_a_second": round(self.tokens / self.seconds[-1])}
+
 
 def _train(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    from . import training
+    from glm4_helpers import training
 
     class Kill(_MeasureTraining):
         """Ends the process as a machine that goes down would: in the middle of a step, with its gradients there."""
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             if state.global_step + 1 == KILLED_IN:
-                keep({"killed_in_step": KILLED_IN})
+                keep({"killed_in_step": KILLED_IN, **self.found()})
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    training.train(profile, tracking_mode="disabled", callbacks=[Kill()])
+    training.train(profile, tracking_mode="disabled", callbacks=[Kill(_step_tokens(profile))])
     return {}
 
 
-def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    from . import training
+def _step_tokens(profile: Profile) -> int:
+    return profile.training.per_device_batch_size * profile.training.max_length
 
-    result = training.train(profile, tracking_mode="disabled", callbacks=[_MeasureTraining()])
+
+def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
+    from glm4_helpers import training
+
+    result = training.train(profile, tracking_mode="disabled", callbacks=[_MeasureTraining(_step_tokens(profile))])
     _require(result.resumed_from == CHECKPOINT_AT, f"training went on from step {result.resumed_from}")
     steps = max(row["step"] for row in result.log_history)
     _require(steps == ROWS, f"training ended after step {steps}")
@@ -308,7 +352,7 @@ def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
 def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     import torch
 
-    from . import generation, models, training
+    from glm4_helpers import generation, models, training
 
     trained = training.default_adapter_dir(profile)
     if profile.lora is None:
@@ -319,7 +363,7 @@ def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     if profile.lora is not None:
         model = models.load_adapter(model, trained, profile)
         found["adapter_modules"] = model.config.num_hidden_layers * len(profile.lora.target_modules)
-        ids = torch.tensor([tokenizer("a?")["input_ids"]])
+        ids = torch.tensor([tokenizer("a?")["input_ids"]], device=model.device)
         with torch.no_grad():
             live = model(ids).logits[0, -1].float()
             with models.adapter_off(model):
@@ -345,6 +389,11 @@ def _reset_peak() -> int:
     import psutil
 
     gc.collect()
+    if on_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -364,10 +413,46 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _available_gib() -> float:
-    from .environment import machine
+def on_gpu() -> bool:
+    """Whether the models are on a GPU in this process."""
+    from glm4_helpers.models import default_device
 
-    return machine().memory_available_gib
+    return default_device().type == "cuda"
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done what it was given, or the clock would show less."""
+    import torch
+
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def gpu_peak() -> dict[str, float]:
+    """GiB that torch allocated at most, and those it reserved for that."""
+    import torch
+
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"allocated_gib": round(allocated / GIB, 2), "reserved_gib": round(reserved / GIB, 2)}
+
+
+def used_gib() -> float:
+    """GiB of the GPU that were taken at most: what torch reserved, and what is not free beyond that, such as CUDA's context.
+
+    What other processes have there counts too, so none should.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()) / GIB
+
+
+def _available_gib(gpu: bool = False) -> float:
+    """Free RAM, or free memory of the GPU, asked for in a process that ends: a CUDA context here would take some of it."""
+    if not gpu:
+        return machine().memory_available_gib
+    asked = "import torch; print(torch.cuda.mem_get_info()[0])"
+    return int(subprocess.check_output([sys.executable, "-c", asked], text=True)) / GIB
 
 
 def _check_folder(folder: Path) -> None:
@@ -399,3 +484,42 @@ def format_stages(stages: list[Stage]) -> str:
 
 def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a rehearsal and return the exit status: 0, or 2 for an error of the course."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rehearse",
+        description="Try a profile's whole path at its true shape with random weights, before a GPU is rented.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_profile(parser)
+    parser.add_argument("--layers", type=count, metavar="N", help="the first N layers only (default: all)")
+    parser.add_argument("--tokens", type=count, default=256, metavar="N", help="tokens of each row (default: 256)")
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to build, empty or absent (default: outputs/rehearsal)")
+    parser.add_argument("--keep", action="store_true", help="keep the folder when done (it is large)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, and nothing else, to stdout")
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    folder = arguments.folder or outputs_dir() / "rehearsal"
+    foreign = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+    def report(stage: Stage) -> None:
+        print(f"{stage.name}: {stage.seconds:.0f} s, peak {stage.peak_gib:.2f} GiB", file=sys.stderr, flush=True)
+
+    try:
+        profile = chosen_profile(arguments)
+        stages = rehearse(profile, folder, arguments.layers, arguments.tokens, report)
+    except CourseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if not arguments.keep and not foreign:
+            shutil.rmtree(folder, ignore_errors=True)
+    figures = {"profile": profile.name, "machine": str(machine()), "stages": [asdict(stage) for stage in stages]}
+    print(json.dumps(figures, ensure_ascii=False, indent=2) if arguments.json else f"{machine()}\n\n{format_stages(stages)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
