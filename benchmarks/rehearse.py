@@ -96,7 +96,7 @@ def rehearse(
     wanted = memory.require_memory(profile, _available_gib(gpu), setting, config)
     if not gpu:
         wanted = cpu_memory.estimate(profile, setting, config)
-    _check_disk(folder, profile, config)
+    check_disk(folder, profile, config)
     done = []
     for name, act in (
         ("build", lambda: build(profile, folder, config, tokens, ROWS * batch_size)),
@@ -127,12 +127,14 @@ def model_config(profile: Profile, layers: int | None = None) -> Any:
 # Building
 
 
-def build(profile: Profile, folder: Path, config: Any, tokens: int, rows: int = ROWS) -> dict[str, Any]:
+def build(
+    profile: Profile, folder: Path, config: Any, tokens: int, rows: int = ROWS, dev_rows: int = 1
+) -> dict[str, Any]:
     """Write model, tokenizer and rows into a course folder; the same bytes each time."""
     base = folder / profile.base_model
     base.mkdir(parents=True)
     (folder / "data").mkdir()
-    for name, count in (("train", rows), ("dev", 1)):
+    for name, count in (("train", rows), ("dev", dev_rows)):
         made = [_row(number, tokens) for number in range(count)]
         (folder / "data" / f"{name}.json").write_text(json.dumps(made), encoding="utf-8")
     tokenizer = stand_in_tokenizer(config)
@@ -350,8 +352,6 @@ def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
 
 
 def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    import torch
-
     from glm4_helpers import generation, models, training
 
     trained = training.default_adapter_dir(profile)
@@ -363,15 +363,24 @@ def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     if profile.lora is not None:
         model = models.load_adapter(model, trained, profile)
         found["adapter_modules"] = model.config.num_hidden_layers * len(profile.lora.target_modules)
-        ids = torch.tensor([tokenizer("a?")["input_ids"]], device=model.device)
-        with torch.no_grad():
-            live = model(ids).logits[0, -1].float()
-            with models.adapter_off(model):
-                off = model(ids).logits[0, -1].float()
-        found["adapter_effect"] = round(float((live - off).abs().max()), 6)
+        found["adapter_effect"] = adapter_effect(model, tokenizer)
         _require(found["adapter_effect"] > 0, "the adapter changes nothing")
     pieces = list(generation.stream(model, tokenizer, [{"role": "user", "content": "a?"}], max_new_tokens=NEW_TOKENS))
     return {**found, "streamed": bool(pieces) or "the first token was a stop id"}
+
+
+def adapter_effect(model: Any, tokenizer: Any) -> float:
+    """The largest difference that the adapter makes to the logits of one token."""
+    import torch
+
+    from glm4_helpers import models
+
+    ids = torch.tensor([tokenizer("a?")["input_ids"]], device=model.device)
+    with torch.no_grad():
+        live = model(ids).logits[0, -1].float()
+        with models.adapter_off(model):
+            off = model(ids).logits[0, -1].float()
+    return round(float((live - off).abs().max()), 6)
 
 
 def _require(true: bool, otherwise: str) -> None:
@@ -460,7 +469,7 @@ def _check_folder(folder: Path) -> None:
         raise SettingError(f"{folder} is not empty; nothing was overwritten.", "Give another folder, or empty it.")
 
 
-def _check_disk(folder: Path, profile: Profile, config: Any) -> None:
+def check_disk(folder: Path, profile: Profile, config: Any) -> None:
     """The base model; without LoRA also two checkpoints with AdamW's two states, and the trained model."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     copies = 1 if profile.lora else 1 + 2 * 3 + 1

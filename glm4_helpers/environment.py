@@ -7,7 +7,6 @@ Light to import; torch is imported when the GPU is asked for.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import importlib.metadata
 import importlib.util
 import math
@@ -177,9 +176,8 @@ def require_room(
             f"The checkpoints of {profile.name} need about {disk:.1f} GiB; {here.disk_free_gib:.1f} GiB are free for {folder}.",
             "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
         )
-    longest = tuple(heapq.nlargest(profile.training.per_device_batch_size, lengths))
     setting = memory.setting_of(
-        profile, length=longest[0], lengths=longest, gpus=processes, zero_stage=zero_stage,
+        profile, length=max(lengths), lengths=tuple(lengths), gpus=processes, zero_stage=zero_stage,
         triton=importlib.util.find_spec("triton") is not None, device="gpu" if on_gpu else "cpu",
     )  # fmt: skip
     memory.require_memory(profile, _free_gib() if on_gpu else here.memory_available_gib / processes, setting, shape)

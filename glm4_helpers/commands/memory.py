@@ -15,8 +15,8 @@ examples:
   python -m glm4_helpers memory --profile glm-4-9b-full --gpus 8 --zero 3
   python -m glm4_helpers memory --profile glm-4-9b-lora --batch 4 --length 1024 --json
 
-Nothing is loaded or measured: this is arithmetic. benchmarks/memory.md has such sums beside
-measurements, made on a CPU."""
+Nothing is loaded or measured: this is arithmetic. `python -m benchmarks.gpu` in the clone measures
+on a GPU what it can."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
