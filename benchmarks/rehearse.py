@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from transformers import TrainerCallback
 
 from benchmarks import cpu_memory
 from glm4_helpers import memory
-from glm4_helpers.commands import add_profile, chosen_profile, count, quiet_libraries
+from glm4_helpers.__main__ import Parser
+from glm4_helpers.__main__ import main as run_command
+from glm4_helpers.commands import add_json, add_profile, chosen_profile, count, show
 from glm4_helpers.environment import machine
 from glm4_helpers.errors import CourseError, MachineError, SettingError
 from glm4_helpers.memory import GIB
@@ -495,21 +497,27 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a rehearsal and return the exit status: 0, or 2 for an error of the course."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.rehearse`."""
+    parser = Parser(
         prog="python -m benchmarks.rehearse",
         description="Try a profile's whole path at its true shape with random weights, before a GPU is rented.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_profile(parser)
     parser.add_argument("--layers", type=count, metavar="N", help="the first N layers only (default: all)")
     parser.add_argument("--tokens", type=count, default=256, metavar="N", help="tokens of each row (default: 256)")
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to build, empty or absent (default: outputs/rehearsal)")
     parser.add_argument("--keep", action="store_true", help="keep the folder when done (it is large)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, and nothing else, to stdout")
-    arguments = parser.parse_args(argv)
-    quiet_libraries()
+    add_json(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rehearse, print the stages, and leave nothing behind unless asked to."""
+    profile = chosen_profile(arguments)
     folder = arguments.folder or outputs_dir() / "rehearsal"
     foreign = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
@@ -517,17 +525,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{stage.name}: {stage.seconds:.0f} s, peak {stage.peak_gib:.2f} GiB", file=sys.stderr, flush=True)
 
     try:
-        profile = chosen_profile(arguments)
         stages = rehearse(profile, folder, arguments.layers, arguments.tokens, report)
-    except CourseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         if not arguments.keep and not foreign:
             shutil.rmtree(folder, ignore_errors=True)
     figures = {"profile": profile.name, "machine": str(machine()), "stages": [asdict(stage) for stage in stages]}
-    print(json.dumps(figures, ensure_ascii=False, indent=2) if arguments.json else f"{machine()}\n\n{format_stages(stages)}")
+    show(arguments, figures, f"{machine()}\n\n{format_stages(stages)}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a rehearsal and return its exit status, as `glm4_helpers.__main__.main` does."""
+    return run_command(argv, build_parser())
 
 
 if __name__ == "__main__":

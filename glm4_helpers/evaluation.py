@@ -267,7 +267,7 @@ def read_plain(name: str) -> list[dict[str, Any]]:
 
 
 def _read_checked(path: Path) -> list[dict[str, Any]]:
-    fix = "Restore it (git checkout -- data) or make it again: python -m glm4_helpers nano data"
+    fix = "Restore it (git checkout -- data) or make it again: python -m nano data"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -416,12 +416,11 @@ def score_both(
 def find_baseline(profile: Profile, name: str | None = None) -> Path | None:
     """The folder of a model to compare with: `name` is a folder, a name in weights/, or a profile.
 
-    None means the chat model published beside the profile's base model (weights/glm-4-9b-chat-hf for
-    weights/glm-4-9b-hf), if it is there. Raises ModelError for a name that leads to no model.
+    None means the profile's `chat_hub_id` (weights/glm-4-9b-chat-hf for weights/glm-4-9b-hf), if it is there. Raises ModelError for a name that leads to no model.
     """
     if name is None:
-        beside = home() / f"{profile.base_model.removesuffix('-hf')}-chat-hf"
-        return beside if (beside / "config.json").is_file() else None
+        beside = profile.chat_hub_id and base_folder(profile).parent / Path(profile.chat_hub_id).name
+        return beside if beside and (beside / "config.json").is_file() else None
     places = [Path(name).expanduser(), home() / "weights" / name]
     if name in profile_names():
         places.append(home() / get_profile(name).base_model)

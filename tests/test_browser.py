@@ -20,7 +20,7 @@ from conftest import ROOT
 from test_notebooks import write_few_rows
 from tiny_models import save_model, tiny_glm
 
-from glm4_helpers.nano.pretrain import build_tokenizer
+from nano.pretrain import build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
