@@ -41,8 +41,8 @@ RECIPE_ROWS = 3 * 40_543
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 FREE, CHECKPOINTING = "training.padding_free", "training.gradient_checkpointing"
 LORA = (  # case, rows, tokens a row (None: as in real data), timed steps, settings
-    ("recipe as published: 2 rows, padded", 2, None, 60, {FREE: False}),
-    ("the profile's: 2 rows, joined", 2, None, 60, {}),
+    ("the recipe's 2 rows, padded", 2, None, 60, {FREE: False}),
+    ("the recipe's 2 rows, joined", 2, None, 60, {}),
     ("16 rows, joined", 16, None, 16, {}),
     ("16 rows, joined, no checkpointing", 16, None, 16, {CHECKPOINTING: False}),
     ("2 x 512", 2, 512, 16, {}),
@@ -92,6 +92,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def memory(self) -> dict[str, float]:
+        """GiB of the GPU at the peak since `clean`."""
         return {**rehearse.gpu_peak(), "used_gib": round(rehearse.used_gib(), 2)} if self.gpu else {}
 
     def load(self, profile) -> dict[str, Any]:
@@ -123,14 +124,15 @@ class Bench:
         # checkpointing repeats is not counted. lm_head scores the answers, four fifths of the tokens here.
         flops = tokens * (4 if profile.lora else 6) * (shape.linear + 0.8 * shape.vocabulary * shape.hidden)
         found = self.memory()
-        guess = memory.estimate(profile, memory.setting_of(profile, length=max(sizes), lengths=tuple(sizes)), shape)
+        if optim is None:  # `memory` counts the course's own optimizer
+            guess = memory.estimate(profile, memory.setting_of(profile, length=max(sizes), lengths=tuple(sizes)), shape)
+            found |= {"estimated_gib": round(guess.total_gib, 2), "libraries_gib": round(memory.LIBRARY_BYTES / memory.GIB, 2)}
         trainer.model = trainer.model_wrapped = bare(trainer.model)
         if profile.lora is None:
             self.model = None
         return {
             "s_a_step": round(seconds, 4), "rows_a_second": round(batch / seconds, 2),
             "tokens_a_second": round(tokens / seconds), "tflops": round(flops / seconds / 1e12, 1), **found,
-            "estimated_gib": round(guess.total_gib, 2), "libraries_gib": round(guess.by_part()["libraries"] / memory.GIB, 2),
         }  # fmt: skip
 
     def answers(self, profile, batch: int, tuned: bool) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class Bench:
         self.model = bare(model)
         return {
             "seconds": round(seconds, 2), "answers_a_second": round(batch / seconds, 2),
-            "ms_a_step": round(1000 * seconds / max(counts), 1), "tokens_a_second": round(sum(counts) / seconds, 1), **self.memory(),
+            "ms_a_step": round(1000 * seconds / max(1, *counts), 1), "tokens_a_second": round(sum(counts) / seconds, 1), **self.memory(),
         }  # fmt: skip
 
 
@@ -206,6 +208,7 @@ def build(bench: Bench) -> None:
 
 def machine(bench: Bench) -> None:
     """The card, the versions, and how fast it multiplies the largest matrix of a layer."""
+
     def card() -> dict[str, Any]:
         names = ("torch", "transformers", "trl", "peft", "accelerate")
         found = {"card": "no GPU", "date": datetime.date.today().isoformat(), **{name: version(name) for name in names}}
@@ -329,8 +332,8 @@ def render(out: Path) -> str:
             if "s_a_step" in row:
                 row["hours"] = round(RECIPE_ROWS / row["rows_a_second"] / 3600, 1) if row["case"] in {case[0] for case in LORA[:4]} else ""
                 row["share"] = f"{row['tflops'] / peak:.0%}" if peak else ""
-                arrays = row["estimated_gib"] - row["libraries_gib"]
-                row["off"] = f"{arrays / row['allocated_gib'] - 1:+.1%}" if row.get("allocated_gib") else ""
+            if "estimated_gib" in row and "allocated_gib" in row:
+                row["off"] = f"{(row['estimated_gib'] - row['libraries_gib']) / row['allocated_gib'] - 1:+.1%}"
         shown = [key for key in COLUMNS if any(row.get(key, "") != "" for row in rows)]
         text += ["", f"## {section}", "", f"| case | {' | '.join(COLUMNS[key] for key in shown)} |" if shown else "| case |"]
         text += ["|---|" + "---:|" * len(shown)]
@@ -360,6 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     environment = {
         **os.environ, "PYTHONPATH": paths, "GLM4_HOME": str(out / "course"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
+        "CUDA_VISIBLE_DEVICES": rehearse.one_gpu(),
     }  # fmt: skip
 
     def left() -> float:

@@ -228,9 +228,13 @@ def _in_process(stage: str, profile: Profile, folder: Path, tokens: int, batch_s
         "stage": stage, "profile": profile_settings(profile), "tokens": tokens, "batch_size": batch_size,
         "result": str(result),
     }  # fmt: skip
+    changed = {
+        **RETURN_FREED_MEMORY, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": one_gpu(),
+    }  # fmt: skip
     finished = subprocess.run(
         [sys.executable, "-c", f"from benchmarks.rehearse import work; work({job!r})"],
-        env={**os.environ, **RETURN_FREED_MEMORY, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, **changed},
         capture_output=True,
         text=True,
     )
@@ -429,6 +433,11 @@ def on_gpu() -> bool:
     from glm4_helpers.models import default_device
 
     return default_device().type == "cuda"
+
+
+def one_gpu() -> str:
+    """CUDA_VISIBLE_DEVICES for a process that trains: the first GPU that is visible, since TRL's trainer takes one."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def synchronize() -> None:
