@@ -9,11 +9,8 @@ import dataclasses
 from typing import Any
 
 from glm4_helpers import memory
-from glm4_helpers.memory import COMPUTE_BYTES, GIB, Estimate, Part, Setting, Shape
+from glm4_helpers.memory import COMPUTE_BYTES, Estimate, Part, Setting, Shape
 from glm4_helpers.profiles import Profile
-
-LIBRARY_BYTES = int(0.092 * GIB)
-"""What the libraries still take after they are imported: measured with one layer of width 16 and the 9B's vocabulary."""
 
 
 def estimate(profile: Profile, setting: Setting, config: Any) -> Estimate:
@@ -31,17 +28,14 @@ def estimate(profile: Profile, setting: Setting, config: Any) -> Estimate:
         )
     step = sum(parts[name].bytes for name in ("activations", "logits", "a layer beyond logits") if name in parts)
     copy = shape.vocabulary * shape.hidden * COMPUTE_BYTES
-    extra = (
-        Part(
-            "an answer beyond a step",
-            max(0, copy - step),
-            f"{shape.vocabulary:,} x {shape.hidden:,} x 2 bytes - {step:,} of a step",
-            "generate takes the last position's slice, which torch.matmul does not fold: it copies lm_head, once for "
-            "each question of a batch (should_fold in ATen's LinearAlgebra.cpp); one question is counted",
-        ),
-        Part("libraries", LIBRARY_BYTES, f"{LIBRARY_BYTES / GIB:.3f} GiB", "measured with a model of nearly no size"),
+    parts["an answer beyond a step"] = Part(
+        "an answer beyond a step",
+        max(0, copy - step),
+        f"{shape.vocabulary:,} x {shape.hidden:,} x 2 bytes - {step:,} of a step",
+        "generate takes the last position's slice, which torch.matmul does not fold: it copies lm_head, once for "
+        "each question of a batch (should_fold in ATen's LinearAlgebra.cpp); one question is counted",
     )
-    return Estimate(profile.name, setting, tuple(part for part in (*parts.values(), *extra) if part.bytes))
+    return Estimate(profile.name, setting, tuple(part for part in parts.values() if part.bytes))
 
 
 def layer_bytes(shape: Shape, profile: Profile, setting: Setting) -> int:

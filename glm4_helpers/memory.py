@@ -26,6 +26,9 @@ COMPUTE_BYTES = 2
 LIBRARY_BYTES = int(0.8 * GIB)
 """CUDA context, cuBLAS and kernels on a GPU: a usual size, not measured in this project."""
 
+CPU_LIBRARY_BYTES = int(0.092 * GIB)
+"""What the libraries still take on a CPU once they are imported: measured with a model of nearly no size."""
+
 LOGIT_COLUMNS, LOGIT_ROWS = 32_768, 4_096
 """Columns and rows of the logits that TRL 1.16 holds at a time (trl/kernels/chunked_logprob.py)."""
 
@@ -516,6 +519,8 @@ def _constant(setting: Setting) -> Iterator[Part]:
         )
     if setting.device == "gpu":
         yield Part("libraries", LIBRARY_BYTES, "0.8 GiB", "CUDA context and kernels: assumed, not measured here")
+    else:
+        yield Part("libraries", CPU_LIBRARY_BYTES, "0.092 GiB", "measured with a model of nearly no size")
 
 
 def _divided(shards: int) -> str:

@@ -142,7 +142,7 @@ def test_of_mapped_weights_the_embedding_table_is_not_resident():
     )
     assert mapped["weights"] == 2 * (9_399_951_360 - 151_552 * 4096)
     assert loaded["weights"] == 2 * 9_399_951_360
-    assert mapped["libraries"] == cpu_memory.LIBRARY_BYTES
+    assert mapped["libraries"] == memory.CPU_LIBRARY_BYTES
 
 
 def test_double_quantization_takes_the_published_bits():
