@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --out outputs/gpu --until 700    at most 12 minutes on an H100; 20 GB of disk while it runs
     python -m benchmarks.gpu --out outputs/try --dry-run      every section with a tiny shape, on a CPU too
 
-Needs no network. Each section runs in a process of its own, each result is written to OUT/results.jsonl as it comes, and
-what fails is written with its reason. At the end OUT/gpu.md is the table; a real run also writes benchmarks/gpu.md.
+Needs no network. Each section runs in its own process. Each result is written to OUT/results.jsonl as it comes, and what
+fails is written with its reason. At the end OUT/gpu.md is the table; a real run also writes benchmarks/gpu.md.
 `--sections` repeats some of them; the results of the others stay.
 """
 
@@ -112,12 +112,16 @@ class Bench:
         sizes = row_lengths(length, batch * (steps + warm))
         draw = random.Random(1)
         ids = [[draw.randrange(256) for _ in range(size)] for size in sizes]
-        rows = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * (len(row) // 5) + row[len(row) // 5 :] for row in ids]})
+        rows = Dataset.from_dict(
+            {"input_ids": ids, "labels": [[-100] * (len(row) // 5) + row[len(row) // 5 :] for row in ids]}
+        )
         config = training.sft_config(profile, self.out / "runs", self.model.dtype)
         config.optim = optim or config.optim
         clock = Clock(warm)
         self.clean()
-        trainer = training.build_trainer(self.model, self.tokenizer, rows, None, profile, self.out / "runs", [clock], config)
+        trainer = training.build_trainer(
+            self.model, self.tokenizer, rows, None, profile, self.out / "runs", [clock], config
+        )
         trainer.train()
         shape, seconds, tokens = memory.shape_of(self.model.config), clock.seconds / steps, sum(sizes) / (steps + warm)
         # Two for a multiplication and an addition, forward and backward; a frozen weight has no gradient. What
@@ -126,7 +130,10 @@ class Bench:
         found = self.memory()
         if optim is None:  # `memory` counts the course's own optimizer
             guess = memory.estimate(profile, memory.setting_of(profile, length=max(sizes), lengths=tuple(sizes)), shape)
-            found |= {"estimated_gib": round(guess.total_gib, 2), "libraries_gib": round(memory.LIBRARY_BYTES / memory.GIB, 2)}
+            found |= {
+                "estimated_gib": round(guess.total_gib, 2),
+                "libraries_gib": round(memory.LIBRARY_BYTES / memory.GIB, 2),
+            }
         trainer.model = trainer.model_wrapped = bare(trainer.model)
         if profile.lora is None:
             self.model = None
@@ -149,7 +156,8 @@ class Bench:
         self.model = bare(model)
         return {
             "seconds": round(seconds, 2), "answers_a_second": round(batch / seconds, 2),
-            "ms_a_step": round(1000 * seconds / max(1, *counts), 1), "tokens_a_second": round(sum(counts) / seconds, 1), **self.memory(),
+            "ms_a_step": round(1000 * seconds / max(1, *counts), 1), "tokens_a_second": round(sum(counts) / seconds, 1),
+            **self.memory(),
         }  # fmt: skip
 
 
@@ -214,9 +222,15 @@ def machine(bench: Bench) -> None:
         found = {"card": "no GPU", "date": datetime.date.today().isoformat(), **{name: version(name) for name in names}}
         if bench.gpu:
             asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(asked, capture_output=True, text=True).stdout.split() if shutil.which(asked[0]) else []
+            driver = (
+                subprocess.run(asked, capture_output=True, text=True).stdout.split() if shutil.which(asked[0]) else []
+            )
             total = torch.cuda.get_device_properties(0).total_memory
-            found |= {"card": torch.cuda.get_device_name(), "driver": (driver or ["unknown"])[0], "total_gib": round(total / 2**30, 1)}
+            found |= {
+                "card": torch.cuda.get_device_name(),
+                "driver": (driver or ["unknown"])[0],
+                "total_gib": round(total / 2**30, 1),
+            }
         return found
 
     def matmul(tokens: int) -> dict[str, Any]:
@@ -254,11 +268,15 @@ def answer_cases(bench: Bench, name: str, cases=ANSWERS) -> None:
     profile = get_profile(name)
     for tuned, batch in cases:
         batch = min(batch, 2 + batch // 16) if bench.dry else batch  # four different ones
-        bench.case(f"{'adapter on' if tuned else 'base model'}, {batch} at a time", lambda: bench.answers(profile, batch, tuned))
+        bench.case(
+            f"{'adapter on' if tuned else 'base model'}, {batch} at a time",
+            lambda: bench.answers(profile, batch, tuned),
+        )
 
 
 def caps(bench: Bench) -> None:
     """`train` with checkpoints, evaluations and answers while torch may take no more than a smaller card has."""
+
     def act(gib: float, name: str, batch: int, output: Path) -> dict[str, Any]:
         if bench.gpu:
             total = torch.cuda.get_device_properties(0).total_memory
@@ -273,7 +291,9 @@ def caps(bench: Bench) -> None:
 
     for card, gib, name, batch in CARDS:
         output = bench.out / "runs" / card.split()[0]
-        bench.case(f"{card}: {name}, {batch} x 512", lambda: act(gib, name, min(batch, 2) if bench.dry else batch, output))
+        bench.case(
+            f"{card}: {name}, {batch} x 512", lambda: act(gib, name, min(batch, 2) if bench.dry else batch, output)
+        )
 
 
 def qlora(bench: Bench) -> None:
@@ -304,10 +324,10 @@ def write(out: Path, section: str, case: str, **found: Any) -> None:
 
 
 COLUMNS = {
-    "cap_gib": "GiB allowed", "seconds": "s", "s_a_step": "s a step", "rows_a_second": "rows/s", "answers_a_second": "answers/s", "ms_a_step": "ms a step",
-    "tokens_a_second": "tokens/s", "tflops": "TFLOP/s", "share": "of matrix peak", "hours": "hours for the recipe",
-    "allocated_gib": "GiB allocated", "reserved_gib": "GiB reserved", "used_gib": "GiB of the card", "estimated_gib": "GiB estimated",
-    "off": "estimate off by",
+    "cap_gib": "GiB allowed", "seconds": "s", "s_a_step": "s a step", "rows_a_second": "rows/s", "answers_a_second": "answers/s",
+    "ms_a_step": "ms a step",     "tokens_a_second": "tokens/s", "tflops": "TFLOP/s", "share": "of matrix peak", "hours": "hours for the recipe",
+    "allocated_gib": "GiB allocated", "reserved_gib": "GiB reserved", "used_gib": "GiB of the card",
+    "estimated_gib": "GiB estimated",     "off": "estimate off by",
 }  # fmt: skip
 
 
@@ -316,26 +336,39 @@ def render(out: Path) -> str:
     lines = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
     results = {(line["section"], line["case"]): line for line in map(json.loads, lines)}
     facts = results.get(("machine", "machine"), {})
-    peak = max((line["tflops"] for (section, case), line in results.items() if "matrix" in case and "tflops" in line), default=0)
+    peak = max(
+        (line["tflops"] for (section, case), line in results.items() if "matrix" in case and "tflops" in line),
+        default=0,
+    )
     text = [
         "# GLM-4-9B on a GPU: measured with random weights of the true shape",
         "",
         ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("section", "case")) + ".",
         "",
-        "Tokens are real ones, without padding. Of the matrix peak: arithmetic of a step, without what checkpointing repeats,",
-        "against the best product below. The estimate is `memory`'s; off by: without libraries, against what was allocated.",
+        "Tokens are real ones, without padding. Of the matrix peak: a step's arithmetic, without what checkpointing",
+        "repeats, against the best product below. The estimate is `memory`'s; it is off by its difference, without",
+        "libraries, from what was allocated.",
         "Hours: the recipe's three epochs at this speed. Written by `python -m benchmarks.gpu`.",
     ]
     for section in ("build", *SECTIONS):
         rows = [dict(line) for (name, _), line in results.items() if name == section and line is not facts]
         for row in rows:
             if "s_a_step" in row:
-                row["hours"] = round(RECIPE_ROWS / row["rows_a_second"] / 3600, 1) if row["case"] in {case[0] for case in LORA[:4]} else ""
+                row["hours"] = (
+                    round(RECIPE_ROWS / row["rows_a_second"] / 3600, 1)
+                    if row["case"] in {case[0] for case in LORA[:4]}
+                    else ""
+                )
                 row["share"] = f"{row['tflops'] / peak:.0%}" if peak else ""
             if "estimated_gib" in row and "allocated_gib" in row:
                 row["off"] = f"{(row['estimated_gib'] - row['libraries_gib']) / row['allocated_gib'] - 1:+.1%}"
         shown = [key for key in COLUMNS if any(row.get(key, "") != "" for row in rows)]
-        text += ["", f"## {section}", "", f"| case | {' | '.join(COLUMNS[key] for key in shown)} |" if shown else "| case |"]
+        text += [
+            "",
+            f"## {section}",
+            "",
+            f"| case | {' | '.join(COLUMNS[key] for key in shown)} |" if shown else "| case |",
+        ]
         text += ["|---|" + "---:|" * len(shown)]
         for row in rows:
             reason = f" (failed: {row['failed']})".replace("|", "/") if "failed" in row else ""
@@ -345,9 +378,13 @@ def render(out: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the sections, each in its own process, and render the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where results go")
-    parser.add_argument("--until", type=float, default=700, metavar="S", help="start nothing after so many seconds (default: 700)")
+    parser.add_argument(
+        "--until", type=float, default=700, metavar="S", help="start nothing after so many seconds (default: 700)"
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes and few steps: does everything run?")
     parser.add_argument("--keep", action="store_true", help="keep the model's files (20 GB) for another run")
@@ -361,7 +398,8 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
-        **os.environ, "PYTHONPATH": paths, "GLM4_HOME": str(out / "course"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+        **os.environ, "PYTHONPATH": paths, "GLM4_HOME": str(out / "course"), "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
         "CUDA_VISIBLE_DEVICES": rehearse.one_gpu(),
     }  # fmt: skip
@@ -370,8 +408,20 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.until - (time.monotonic() - started)
 
     def start(section: str, **variables: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--until", str(left()), "--section", section]
-        return subprocess.Popen([*command, *(["--dry-run"] if arguments.dry_run else [])], env={**environment, **variables})
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--out",
+            str(out),
+            "--until",
+            str(left()),
+            "--section",
+            section,
+        ]
+        return subprocess.Popen(
+            [*command, *(["--dry-run"] if arguments.dry_run else [])], env={**environment, **variables}
+        )
 
     def finish(section: str, worker: subprocess.Popen) -> None:
         try:

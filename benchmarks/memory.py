@@ -1,4 +1,4 @@
-"""Measured peaks of training at true shapes on a CPU, and the estimates of cpu_memory; writes memory.json and memory.md.
+"""Measured peaks of training at true shapes on a CPU, and their estimates; writes memory.json and memory.md.
 
     python -m benchmarks.memory                                   the small cases
     python -m benchmarks.memory glm-4-9b-lora:40:256:1:on:path    one case, with every stage of the path
@@ -71,7 +71,9 @@ def table(results: dict[str, dict]) -> str:
         "|---|---:|---:|---:|",
     ]
     for case, result in results.items():
-        lines.append(f"| {case} | {result['measured_gib']:.2f} | {result['estimated_gib']:.2f} | {result['error']:+.1%} |")
+        lines.append(
+            f"| {case} | {result['measured_gib']:.2f} | {result['estimated_gib']:.2f} | {result['error']:+.1%} |"
+        )
     lines += ["", f"Worst: {results[worst]['error']:+.1%} ({worst}).", ""]
     for case, result in results.items():
         stages = [rehearse.Stage(**stage) for stage in result["stages"]]

@@ -62,7 +62,7 @@ or less of them, and a peak could not be compared with arithmetic. Other C libra
 class Stage:
     """One stage: seconds, peak memory in GiB, the estimate where there is one, and findings.
 
-    The peak is RAM above what the imports take; of a stage that ran on a GPU, what torch reserved there and the CUDA context.
+    The peak is RAM above what the imports take; on a GPU, what torch reserved there and the CUDA context.
     """
 
     name: str
@@ -89,7 +89,9 @@ def rehearse(
     goes wrong.
     """
     if tokens < SHORTEST_ROW:
-        raise SettingError(f"Rows of {tokens} tokens have no room for an answer.", f"Give --tokens {SHORTEST_ROW} or more.")
+        raise SettingError(
+            f"Rows of {tokens} tokens have no room for an answer.", f"Give --tokens {SHORTEST_ROW} or more."
+        )
     config = model_config(profile, layers)
     folder = Path(folder).resolve()
     _check_folder(folder)
@@ -136,8 +138,8 @@ def build(
     base = folder / profile.base_model
     base.mkdir(parents=True)
     (folder / "data").mkdir()
-    for name, count in (("train", rows), ("dev", dev_rows)):
-        made = [_row(number, tokens) for number in range(count)]
+    for name, size in (("train", rows), ("dev", dev_rows)):
+        made = [_row(number, tokens) for number in range(size)]
         (folder / "data" / f"{name}.json").write_text(json.dumps(made), encoding="utf-8")
     tokenizer = stand_in_tokenizer(config)
     tokenizer.save_pretrained(base)
@@ -307,7 +309,7 @@ def _numbers(weight: Any) -> int:
 
 class _MeasureTraining(TrainerCallback):
     """Forgets the peak of loading, which has a stage of its own: weights that are quantized are read through pages of
-    their files, and those stay resident until all are read, unless the system needs them. Takes the time of each step."""
+    their files, and those stay resident until all are read, unless the system needs them. Times each step."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens, self.seconds = tokens, []
@@ -457,7 +459,7 @@ def gpu_peak() -> dict[str, float]:
 
 
 def used_gib() -> float:
-    """GiB of the GPU that were taken at most: what torch reserved, and what is not free beyond that, such as CUDA's context.
+    """GiB of the GPU that were taken at most: what torch reserved, and what else is not free, such as CUDA's context.
 
     What other processes have there counts too, so none should.
     """
@@ -468,7 +470,7 @@ def used_gib() -> float:
 
 
 def _available_gib(gpu: bool = False) -> float:
-    """Free RAM, or free memory of the GPU, asked for in a process that ends: a CUDA context here would take some of it."""
+    """Free RAM, or free memory of the GPU. That is asked in a process that ends: a CUDA context here would take some."""
     if not gpu:
         return machine().memory_available_gib
     asked = "import torch; print(torch.cuda.mem_get_info()[0])"
@@ -517,7 +519,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_profile(parser)
     parser.add_argument("--layers", type=count, metavar="N", help="the first N layers only (default: all)")
     parser.add_argument("--tokens", type=count, default=256, metavar="N", help="tokens of each row (default: 256)")
-    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where to build, empty or absent (default: outputs/rehearsal)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="where to build, empty or absent (default: outputs/rehearsal)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folder when done (it is large)")
     add_json(parser)
     parser.set_defaults(run=run)

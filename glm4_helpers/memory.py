@@ -40,9 +40,9 @@ BUCKET_ELEMENTS, SUB_GROUP, LIVE_PARAMETERS = 500_000_000, 1_000_000_000, 1_000_
 class Setting:
     """What memory depends on besides the model. `batch_size` is rows a device, `length` tokens of the longest row.
 
-    `padding_free` joins a batch's rows to one sequence. `lengths` are then the tokens of the rows there are; empty means
-    that all may have `length`. `triton`: TRL's kernels run, as they do on Linux. On the device "cpu" they do not, and there
-    is no CUDA context.
+    `padding_free` joins a batch's rows to one sequence. `lengths` are then the tokens of the rows there are; empty
+    means that all may have `length`. `triton`: TRL's kernels run, as they do on Linux. On the device "cpu" they do not,
+    and there is no CUDA context.
     """
 
     batch_size: int
@@ -415,7 +415,7 @@ def layer_bytes(shape: Shape, profile: Profile, setting: Setting) -> int:
 
     Counted with torch's saved-tensor hooks on transformers 5.23 and PEFT 0.21, which a test repeats: the norms in
     float32; q, k, v and the attention's output; its logarithm of sums; gate and up, and the activated gate. A mask
-    costs its bfloat16 copy, and k and v repeated for every head of q (use_gqa_in_sdpa in transformers' sdpa_attention.py).
+    costs its bfloat16 copy, and k and v repeated for every head of q (use_gqa_in_sdpa in transformers).
     LoRA keeps for each target its input, the r values between its matrices and dropout's mask of a byte
     (native_dropout, which CUDA takes); full fine-tuning the input of every linear module and of the norms' weights.
     """
@@ -469,7 +469,11 @@ def _head_gradient(shape: Shape, setting: Setting, profile: Profile) -> tuple[in
         return 0, ""
     own = shape.vocabulary * shape.hidden * (4 + COMPUTE_BYTES)
     later = shape.parameters * COMPUTE_BYTES // (setting.gpus if setting.zero_stage >= 2 else 1)
-    return (own - later, f" + {own:,} of lm_head's gradient - {later:,} of gradients that come later") if own > later else (0, "")
+    return (
+        (own - later, f" + {own:,} of lm_head's gradient - {later:,} of gradients that come later")
+        if own > later
+        else (0, "")
+    )
 
 
 def _working(shape: Shape, setting: Setting, layer: int, logits: int) -> Part:

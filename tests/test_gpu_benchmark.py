@@ -24,7 +24,8 @@ def test_every_section_runs_and_is_in_the_table(tmp_path):
     before = published.read_bytes() if published.exists() else None
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out"), "--dry-run"], cwd=ROOT, timeout=900,
-        env={**os.environ, "PYTHONPATH": python_path("bitsandbytes"), "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": python_path("bitsandbytes"), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]
     found = results(tmp_path / "out")
@@ -33,7 +34,9 @@ def test_every_section_runs_and_is_in_the_table(tmp_path):
     table = (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")
     for line in found[1:]:
         assert line["case"] == "machine" or f"| {line['case']} |" in table
-    assert all(line["s_a_step"] > 0 for line in found if line["section"] in ("lora", "full") and "load" not in line["case"])
+    assert all(
+        line["s_a_step"] > 0 for line in found if line["section"] in ("lora", "full") and "load" not in line["case"]
+    )
     assert (published.read_bytes() if published.exists() else None) == before, "a dry run is no measurement"
     assert not (tmp_path / "out" / "course").exists()
 
@@ -46,7 +49,11 @@ def test_a_case_that_fails_is_reported_and_the_next_one_starts(tmp_path):
     bench.case("small", lambda: {"seconds": 1.0})
     bench.until = 0
     bench.case("late", lambda: {"seconds": 2.0})
-    assert [line.get("failed") for line in results(tmp_path)] == ["ZeroDivisionError: division by zero", None, "no time was left"]
+    assert [line.get("failed") for line in results(tmp_path)] == [
+        "ZeroDivisionError: division by zero",
+        None,
+        "no time was left",
+    ]
     table = gpu.render(tmp_path)
     assert "| too large (failed: ZeroDivisionError: division by zero) |  |" in table and "| small | 1.0 |" in table
 
@@ -56,7 +63,9 @@ def test_the_table_sets_measured_figures_against_the_peak_and_the_estimate(tmp_p
     gpu.write(tmp_path, "machine", "matrix product, 400 tokens", tflops=400.0)
     measured = {"s_a_step": 0.1, "rows_a_second": 20.0, "tokens_a_second": 3000, "tflops": 100.0, "allocated_gib": 20.0}
     for reserved in (23.0, 22.0):
-        gpu.write(tmp_path, "lora", gpu.LORA[0][0], **measured, reserved_gib=reserved, estimated_gib=19.8, libraries_gib=0.8)
+        gpu.write(
+            tmp_path, "lora", gpu.LORA[0][0], **measured, reserved_gib=reserved, estimated_gib=19.8, libraries_gib=0.8
+        )
     table = gpu.render(tmp_path)
     assert "card A card, torch 2.11." in table
     (row,) = [line for line in table.splitlines() if line.startswith(f"| {gpu.LORA[0][0]} |")]

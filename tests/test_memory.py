@@ -122,8 +122,12 @@ def test_activations_are_what_autograd_keeps_of_a_layer(kind, device, batch, cha
     if device == "gpu":  # what dropout runs on CUDA (ATen/native/Dropout.cpp); a CPU has it too, but takes another way
         native = torch.native_dropout
         monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training, inplace: native(x, p, training)[0])
-    kept = [kept_by_autograd(small_config(kind, layers), profile, device == "gpu", **batch_of(batch)) for layers in (2, 3)]
-    counted = (memory if device == "gpu" else cpu_memory).layer_bytes(memory.shape_of(small_config(kind)), profile, setting)
+    kept = [
+        kept_by_autograd(small_config(kind, layers), profile, device == "gpu", **batch_of(batch)) for layers in (2, 3)
+    ]
+    counted = (memory if device == "gpu" else cpu_memory).layer_bytes(
+        memory.shape_of(small_config(kind)), profile, setting
+    )
     # LoRA's own matrices and the angles of rotary positions are shared or tiny, and not counted.
     assert counted == pytest.approx(kept[1] - kept[0], rel=0.03)
 
@@ -138,7 +142,8 @@ def test_the_9b_has_the_published_weights():
 def test_of_mapped_weights_the_embedding_table_is_not_resident():
     lora, full = get_profile("glm-4-9b-lora"), get_profile("glm-4-9b-full")
     mapped, loaded = (
-        cpu_memory.estimate(each, memory.setting_of(each), memory.published_shape(each)).by_part() for each in (lora, full)
+        cpu_memory.estimate(each, memory.setting_of(each), memory.published_shape(each)).by_part()
+        for each in (lora, full)
     )
     assert mapped["weights"] == 2 * (9_399_951_360 - 151_552 * 4096)
     assert loaded["weights"] == 2 * 9_399_951_360
@@ -164,7 +169,9 @@ def test_zero_divides_what_its_stage_names():
     assert [parts["communication bucket"] for parts in stages] == [2_000_000_000, 1_000_000_000, 1_000_000_000]
 
 
-@pytest.mark.parametrize(("stage", "gpus", "elements"), [(3, 8, 10**9), (3, 16, 9_399_951_360 // 16), (2, 8, 9_399_951_360 // 8)])
+@pytest.mark.parametrize(
+    ("stage", "gpus", "elements"), [(3, 8, 10**9), (3, 16, 9_399_951_360 // 16), (2, 8, 9_399_951_360 // 8)]
+)
 def test_deepspeed_s_step_takes_its_gradients_twice_more(stage, gpus, elements):
     """Copied into one bfloat16 array and into float32: a sub-group of 1e9 with ZeRO-3, else all that a GPU has."""
     profile = get_profile("glm-4-9b-full")
@@ -176,7 +183,9 @@ def test_deepspeed_s_step_takes_its_gradients_twice_more(stage, gpus, elements):
 
 def test_without_triton_the_logits_are_copied():
     profile = get_profile("glm-4-9b-lora")
-    with_it, without = (memory.estimate(profile, memory.setting_of(profile, triton=each)).by_part() for each in (True, False))
+    with_it, without = (
+        memory.estimate(profile, memory.setting_of(profile, triton=each)).by_part() for each in (True, False)
+    )
     assert without["logits"] - with_it["logits"] == 1024 * 32_768 * 29
 
 
@@ -193,7 +202,9 @@ def test_joined_rows_are_counted_as_they_are():
     setting = memory.setting_of(profile, batch_size=4, length=500, lengths=lengths)
     assert setting.tokens == 500 + 300 + 100 + 100
     assert memory.setting_of(profile, batch_size=4, length=500, lengths=lengths, padding_free=False).tokens == 4 * 500
-    assert memory.setting_of(profile, batch_size=4, length=400, lengths=lengths).tokens == 300 + 3 * 100, "longer rows are dropped"
+    assert memory.setting_of(profile, batch_size=4, length=400, lengths=lengths).tokens == 300 + 3 * 100, (
+        "longer rows are dropped"
+    )
     assert memory.setting_of(profile, batch_size=64, length=500, lengths=lengths).tokens == sum(lengths)
 
 
@@ -217,7 +228,11 @@ def test_the_figures_of_the_pages_are_those_of_the_calculator(page):
         profile = get_profile(name)
         for setting in [{}] if profile.lora else [{}, {"gpus": 4, "zero_stage": 3}]:
             total = memory.estimate(profile, memory.setting_of(profile, **setting)).total_gib
-            rows = [line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line and f"{total:.1f} GiB" in line]
+            rows = [
+                line
+                for line in text.splitlines()
+                if line.startswith("|") and f"`{name}`" in line and f"{total:.1f} GiB" in line
+            ]
             assert rows, f"{name} {setting}: {total:.1f} GiB"
 
 

@@ -20,7 +20,9 @@ class KeepGradients(TrainerCallback):
     """The gradients of the first step, before they are clipped or used."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        self.gradients = {
+            name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+        }
 
 
 def one_step(profile, padding_free, folder):
@@ -59,5 +61,7 @@ def test_joined_rows_have_the_loss_and_the_gradients_of_padded_ones(tmp_path, na
     assert joined_loss == pytest.approx(loss, rel=1e-5)
     assert padded.keys() == joined.keys() and len(padded) == 2 * 2 * len(profile.lora.target_modules)
     off = max(((padded[each] - joined[each]).norm() / padded[each].norm()).item() for each in padded)
-    report("Joined rows against padded ones", f"{name}: loss {loss:.6f} and {joined_loss:.6f}, gradients off by {off:.1e}")
+    report(
+        "Joined rows against padded ones", f"{name}: loss {loss:.6f} and {joined_loss:.6f}, gradients off by {off:.1e}"
+    )
     assert off < 1e-4

@@ -22,7 +22,9 @@ def _course(tmp_path, monkeypatch):
 
 
 def rehearse(capsys, folder, profile, layers, *options):
-    status = rehearsal.main(["--profile", profile, "--layers", str(layers), "--folder", str(folder), "--json", *options])
+    status = rehearsal.main(
+        ["--profile", profile, "--layers", str(layers), "--folder", str(folder), "--json", *options]
+    )
     printed = capsys.readouterr()
     assert status == 0, printed.err
     return {stage["name"]: stage for stage in json.loads(printed.out)["stages"]}
@@ -45,7 +47,9 @@ def test_the_whole_path_is_walked(tmp_path, capsys, monkeypatch, report, name):
     shape = memory.shape_of(rehearsal.model_config(profile, 2))
     assert stages["load"]["found"]["parameters"] == shape.parameters
     assert stages["train"]["found"]["killed_in_step"] == 3
-    assert stages["train"]["found"]["tokens_a_second"] == pytest.approx(64 / stages["train"]["found"]["s_a_step"], rel=0.1)
+    assert stages["train"]["found"]["tokens_a_second"] == pytest.approx(
+        64 / stages["train"]["found"]["s_a_step"], rel=0.1
+    )
     assert stages["resume"]["found"]["resumed_from"] == 2 and stages["resume"]["found"]["steps"] == 3
     if profile.lora:
         assert stages["reload"]["found"]["adapter_modules"] == 2 * 3
@@ -60,7 +64,13 @@ def test_the_whole_path_is_walked(tmp_path, capsys, monkeypatch, report, name):
 def small(profile, **changes):
     """The profile's config with narrow layers; ids and vocabulary stay true."""
     config = rehearsal.model_config(profile, 2)
-    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    narrow = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
     for name, value in {**narrow, **changes}.items():
         setattr(config, name, value)
     return config

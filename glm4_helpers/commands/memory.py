@@ -22,7 +22,9 @@ on a GPU what it can."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.add_argument("--batch", type=count, metavar="N", help="rows in one step of one GPU (default: the profile's)")
-    parser.add_argument("--length", type=count, metavar="N", help="tokens a row (default: the profile's training.max_length)")
+    parser.add_argument(
+        "--length", type=count, metavar="N", help="tokens a row (default: the profile's training.max_length)"
+    )
     parser.add_argument("--gpus", type=count, metavar="N", help="how many GPUs train together (default: 1)")
     parser.add_argument(
         "--zero",
@@ -37,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="gradient checkpointing: compute activations again instead of keeping them (default: the profile's)",
     )
-    parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits, or not (default: the profile's)")
+    parser.add_argument(
+        "--quantization", choices=("nf4", "none"), help="weights in 4 bits, or not (default: the profile's)"
+    )
     parser.add_argument(
         "--triton",
         action=argparse.BooleanOptionalAction,
