@@ -324,10 +324,11 @@ def write(out: Path, section: str, case: str, **found: Any) -> None:
 
 
 COLUMNS = {
-    "cap_gib": "GiB allowed", "seconds": "s", "s_a_step": "s a step", "rows_a_second": "rows/s", "answers_a_second": "answers/s",
-    "ms_a_step": "ms a step",     "tokens_a_second": "tokens/s", "tflops": "TFLOP/s", "share": "of matrix peak", "hours": "hours for the recipe",
-    "allocated_gib": "GiB allocated", "reserved_gib": "GiB reserved", "used_gib": "GiB of the card",
-    "estimated_gib": "GiB estimated",     "off": "estimate off by",
+    "cap_gib": "GiB allowed", "seconds": "s", "s_a_step": "s a step", "rows_a_second": "rows/s",
+    "answers_a_second": "answers/s", "ms_a_step": "ms a step", "tokens_a_second": "tokens/s", "tflops": "TFLOP/s",
+    "share": "of matrix peak", "hours": "hours for the recipe", "allocated_gib": "GiB allocated",
+    "reserved_gib": "GiB reserved", "used_gib": "GiB of the card", "estimated_gib": "GiB estimated",
+    "off": "estimate off by",
 }  # fmt: skip
 
 
