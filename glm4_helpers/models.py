@@ -82,7 +82,8 @@ def load_base_model(
     check_weights(folder, profile)
     device = torch.device(device) if device is not None else default_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype or profile.dtype)}
-    _refuse_float16_gpu(profile, options["dtype"])
+    if device.type == "cuda":
+        _refuse_float16_gpu(profile, options["dtype"])
     if profile.quantization is not None:
         options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
     model, found = AutoModelForCausalLM.from_pretrained(

@@ -126,11 +126,12 @@ class Profile:
 
     ``base_model``, ``train_data``, ``dev_data`` and ``test_data`` are paths below the course folder; ``train_data``
     may also be a hub id. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held out instead.
+    ``answer_batch_size`` is how many rows are answered at a time when a model is scored; ``chat_model`` is the path of
+    the makers' own chat model, which is scored as well where it is there.
 
     The facts at the end are for before a download. ``shape`` holds arguments of the model's config
     (``AutoConfig.for_model``); None where the model ships with the course. ``needs`` None is worked out from ``shape``.
-    ``chat_hub_id`` is the makers' own chat model of the same size. ``old_names`` are repositories of an old format,
-    whose successors are called the same with ``-hf``.
+    ``old_names`` are repositories of an old format, whose successors are called the same with ``-hf``.
     """
 
     name: str
@@ -156,9 +157,10 @@ class Profile:
     system_prompt: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
     max_new_tokens: int = _setting(_COUNT, changes_weights=False)
     terminator: str = _setting(_TEXT, "<|endoftext|>")
+    answer_batch_size: int = _setting(_COUNT, 32, changes_weights=False)
+    chat_model: str | None = _setting(_or_nothing(_TEXT), None, changes_weights=False)
     shape: Mapping[str, Any] | None = None
     needs: Needs | None = None
-    chat_hub_id: str | None = None
     old_names: tuple[str, ...] = ()
 
 
@@ -249,7 +251,7 @@ _LORA_9B = Profile(
     system_prompt=None,
     max_new_tokens=256,
     shape=_SHAPE_9B,
-    chat_hub_id="zai-org/glm-4-9b-chat-hf",
+    chat_model="weights/glm-4-9b-chat-hf",
     old_names=("glm-4-9b", "glm-4-9b-chat", "glm-4-9b-chat-1m"),
 )
 
@@ -279,7 +281,7 @@ _PROFILES = (
             "pad_token_id": 59_246,
             "eos_token_id": [59_246, 59_253, 59_255],
         },
-        chat_hub_id=None,
+        chat_model=None,
         old_names=(),
     ),
     dataclasses.replace(
@@ -298,7 +300,7 @@ _PROFILES = (
         modelscope_id=None,
         architecture="Glm4ForCausalLM",
         shape={**_SHAPE_9B, "model_type": "glm4"},
-        chat_hub_id=None,
+        chat_model=None,
         old_names=(),
     ),
     dataclasses.replace(
@@ -340,7 +342,8 @@ def profile_settings(profile: Profile) -> dict[str, Any]:
 
 def changes_weights(key: str) -> bool:
     """Whether another value of the setting with this dotted key gives other trained weights."""
-    return key not in _SETTINGS or _SETTINGS[key].metadata["changes_weights"]
+    setting = _SETTINGS.get(key) or _SETTINGS.get(key.partition(".")[0])
+    return setting is None or setting.metadata["changes_weights"]
 
 
 def settings_from_yaml(path: str | Path) -> dict[str, Any]:

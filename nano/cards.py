@@ -110,5 +110,5 @@ it. Sums go to 100. Fine-tuning can't draw out facts that it was not pretrained 
 
 ## Use
 `AutoModelForCausalLM.from_pretrained("weights/glm4-nano")` and `AutoTokenizer.from_pretrained("weights/glm4-nano")`; no
-remote code.
+remote code. Read with transformers 4.57.6 and 5.23.0, with the same answers.
 """

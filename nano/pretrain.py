@@ -20,6 +20,7 @@ from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrained
 
 from glm4_helpers.chat_format import stop_ids
 from glm4_helpers.errors import MachineError, ModelError
+from glm4_helpers.export import save_tokenizer
 from glm4_helpers.models import cpu_has_bf16
 from glm4_helpers.tokenizer_building import glm4_tokenizer
 
@@ -235,4 +236,4 @@ def save_base_model(model: GlmForCausalLM, tokenizer: PreTrainedTokenizerFast, f
         eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     half.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -255,9 +255,9 @@ def test_chat_hands_its_options_on(monkeypatch, tmp_path):
     chat = replaced_with_a_double(monkeypatch, terminal_chat, "run_chat", 0)
     options = ["--temperature", "0.6", "--system", "请简短。", "--max-new-tokens", "9", "--adapter", str(tmp_path)]
     assert command_line.main(["chat", *options]) == 0
-    (profile, adapter), keywords = chat.call_args
-    assert (profile.name, adapter) == ("glm4-nano", tmp_path)
-    assert (keywords["temperature"], keywords["system"], keywords["max_new_tokens"]) == (0.6, "请简短。", 9)
+    profile, adapter, sampling, system, delimiter = chat.call_args.args
+    assert (profile.name, adapter, system, delimiter) == ("glm4-nano", tmp_path, "请简短。", None)
+    assert (sampling.temperature, sampling.max_new_tokens) == (0.6, 9)
     assert command_line.main(["chat", "--base"]) == 0
     assert chat.call_args.args[1] is None
 

@@ -87,6 +87,14 @@ def test_help_and_errors_of_nano_are_those_of_the_course(capsys):
         assert stopped.value.code == status and said in printed.out + printed.err
 
 
+def test_data_written_into_what_is_a_file_leaves_the_file(tmp_path, capsys):
+    file = tmp_path / "results"
+    file.write_text("mine")
+    assert nano_main(["data", "--documents", "20", "--output", str(file)]) == 2
+    assert "results" in (said := capsys.readouterr().err) and "Not a directory" in said
+    assert file.read_text() == "mine"
+
+
 def test_pretraining_without_its_text_names_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
     assert nano_main(["pretrain"]) == 2

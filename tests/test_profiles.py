@@ -86,7 +86,7 @@ def test_a_new_model_is_one_entry(tmp_path, monkeypatch):
         base_model="weights/glm-small",
         hub_id="owner/glm-small",
         shape={**get_profile("glm-4-9b-lora").shape, "num_hidden_layers": 2, "hidden_size": 512},
-        chat_hub_id="owner/glm-small-chat",
+        chat_model="weights/glm-small-chat",
         old_names=("glm-small-v1",),
     )
     monkeypatch.setattr(profiles, "_PROFILES", (*profiles._PROFILES, entry))
@@ -116,9 +116,11 @@ def test_shipped_configs_are_read(path):
 
 
 def test_changed_weights_are_told_from_settings_without_effect():
-    without = ("title", "train_data", "dev_data", "test_data", "sample_prompts", "system_prompt", "max_new_tokens")
+    without = ("title", "train_data", "dev_data", "test_data", "sample_prompts", "chat_model", "max_new_tokens")
     assert not any(map(changes_weights, without))
-    assert all(map(changes_weights, ("training.seed", "lora.r", "terminator", "dev_fraction", "data.train")))
+    assert all(
+        map(changes_weights, ("training.seed", "lora.r", "terminator", "dev_fraction", "data.train", "training.gone"))
+    )
 
 
 def test_overrides_dotted_and_nested_leave_the_rest():
