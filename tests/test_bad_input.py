@@ -639,8 +639,6 @@ def _(folder):
     return command("chat", "--set", "lora=null", typed="你好\n")
 
 
-
-
 # The environment
 
 
