@@ -1,7 +1,7 @@
-"""Measured peaks of training at true shapes on a CPU beside the estimates of `memory`; writes memory.json and memory.md.
+"""Measured peaks of training at true shapes on a CPU, and their estimates; writes memory.json and memory.md.
 
-    python benchmarks/memory.py                                   the small cases
-    python benchmarks/memory.py glm-4-9b-lora:40:256:1:on:path    one case, with every stage of the path
+    python -m benchmarks.memory                                   the small cases
+    python -m benchmarks.memory glm-4-9b-lora:40:256:1:on:path    one case, with every stage of the path
 
 A case is profile:layers:tokens:rows a step:checkpointing (on, off), and :path where all stages are to be walked.
 Results are kept by case, so that a large one can be measured alone, when the machine has the memory to spare.
@@ -16,7 +16,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from glm4_helpers import memory, rehearsal
+from benchmarks import cpu_memory, rehearse
+from glm4_helpers import memory
 from glm4_helpers.environment import machine
 from glm4_helpers.errors import CourseError
 from glm4_helpers.profiles import get_profile
@@ -34,14 +35,14 @@ def measure(case: str) -> dict:
     """One case: the stages of a rehearsal, and the estimate with its parts."""
     name, layers, tokens, rows, checkpointing, *path = case.split(":")
     profile = get_profile(name, **{"training.gradient_checkpointing": checkpointing == "on"})
-    stages = rehearsal.STAGES if path else ("train",)
+    stages = rehearse.STAGES if path else ("train",)
     folder = Path(tempfile.mkdtemp(prefix="glm4-memory-")) / "course"
     try:
-        walked = rehearsal.rehearse(profile, folder, int(layers), int(tokens), print, int(rows), stages)
+        walked = rehearse.rehearse(profile, folder, int(layers), int(tokens), print, int(rows), stages)
     finally:
         shutil.rmtree(folder.parent)
-    setting = memory.setting_of(profile, batch_size=int(rows), length=int(tokens), device="cpu")
-    estimated = memory.estimate(profile, setting, rehearsal.model_config(profile, int(layers)))
+    setting = memory.setting_of(profile, batch_size=int(rows), length=int(tokens))
+    estimated = cpu_memory.estimate(profile, setting, rehearse.model_config(profile, int(layers)))
     peak = max(stage.peak_gib for stage in walked if stage.name in ("train", "resume"))
     return {
         "machine": str(machine()),
@@ -64,17 +65,19 @@ def table(results: dict[str, dict]) -> str:
         "profile:layers:tokens:rows a step:checkpointing. With :path behind it, all stages were walked: the model is built on",
         "disk, loaded, trained until the process is killed on purpose in the third step, trained on from the checkpoint, and",
         "the adapter is loaded and answers. *Off by* is the estimate against the larger peak of the two stages that train: above",
-        "zero it was too high. Written by `python benchmarks/memory.py`.",
+        "zero it was too high. Written by `python -m benchmarks.memory`.",
         "",
         "| case | measured GiB | estimated GiB | off by |",
         "|---|---:|---:|---:|",
     ]
     for case, result in results.items():
-        lines.append(f"| {case} | {result['measured_gib']:.2f} | {result['estimated_gib']:.2f} | {result['error']:+.1%} |")
+        lines.append(
+            f"| {case} | {result['measured_gib']:.2f} | {result['estimated_gib']:.2f} | {result['error']:+.1%} |"
+        )
     lines += ["", f"Worst: {results[worst]['error']:+.1%} ({worst}).", ""]
     for case, result in results.items():
-        stages = [rehearsal.Stage(**stage) for stage in result["stages"]]
-        lines += [f"## {case}", "", result["machine"], "", rehearsal.format_stages(stages), ""]
+        stages = [rehearse.Stage(**stage) for stage in result["stages"]]
+        lines += [f"## {case}", "", result["machine"], "", rehearse.format_stages(stages), ""]
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from . import __version__
 from .errors import CourseError
 from .profiles import get_profile, profile_names
 
-COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export", "rehearse", "course")
+COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export", "course")
 
 EXAMPLES = """\
 examples:

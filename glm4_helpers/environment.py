@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +146,11 @@ def needs(profile: Profile) -> Needs:
     )
 
 
-def require_room(profile: Profile, folder: Path, length: int, processes: int = 1, zero_stage: int = 0) -> None:
+def require_room(
+    profile: Profile, folder: Path, lengths: Sequence[int], processes: int = 1, zero_stage: int = 0
+) -> None:
     """Raise MachineError, with the numbers and the nearest setting that fits, where a training can't have its memory
-    or its disk space. ``length`` is that of the longest row in tokens; ``folder`` is where checkpoints go."""
+    or its disk space. ``lengths`` are those of all rows in tokens; ``folder`` is where checkpoints go."""
     from .models import default_device, model_config
 
     on_gpu = default_device().type == "cuda"
@@ -161,8 +165,9 @@ def require_room(profile: Profile, folder: Path, length: int, processes: int = 1
             "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
         )
     setting = memory.setting_of(
-        profile, length=length, gpus=processes, zero_stage=zero_stage, device="gpu" if on_gpu else "cpu"
-    )
+        profile, length=max(lengths), lengths=tuple(lengths), gpus=processes, zero_stage=zero_stage,
+        triton=importlib.util.find_spec("triton") is not None, device="gpu" if on_gpu else "cpu",
+    )  # fmt: skip
     memory.require_memory(profile, _free_gib() if on_gpu else here.memory_available_gib / processes, setting, shape)
 
 

@@ -1,14 +1,18 @@
-"""How much memory fine-tuning takes, worked out part by part from a model's shape, and which setting fits.
+"""How much GPU memory fine-tuning takes, worked out part by part from a model's shape, and which setting fits.
 
 The peak is what stays (weights, what is trained, activations) and the largest of what comes and goes: logits, one layer
-at work, an answer. Arithmetic only: no weights are read and nothing is measured. Measured peaks stand in benchmarks/.
+at work, the optimizer's step. Arithmetic only: no weights are read and nothing is measured. benchmarks/ measures.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import heapq
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,22 +27,22 @@ LIBRARY_BYTES = int(0.8 * GIB)
 """CUDA context, cuBLAS and kernels on a GPU: a usual size, not measured in this project."""
 
 CPU_LIBRARY_BYTES = int(0.092 * GIB)
-"""What the libraries still take after they are imported: measured with one layer of width 16 and the 9B's vocabulary.
-
-Like every figure for a CPU without what the C library keeps of freed memory, which depends on its settings."""
+"""What the libraries still take on a CPU once they are imported: measured with a model of nearly no size."""
 
 LOGIT_COLUMNS, LOGIT_ROWS = 32_768, 4_096
 """Columns and rows of the logits that TRL 1.16 holds at a time (trl/kernels/chunked_logprob.py)."""
 
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default reduce_bucket_size (runtime/zero/config.py); configs/zero2.yaml and zero3.yaml leave it as it is."""
+BUCKET_ELEMENTS, SUB_GROUP, LIVE_PARAMETERS = 500_000_000, 1_000_000_000, 1_000_000_000
+"""DeepSpeed 0.19's reduce_bucket_size, sub_group_size and stage3_max_live_parameters (runtime/zero/config.py)."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What memory depends on besides the model. ``batch_size`` is rows a device, ``length`` tokens a row.
+    """What memory depends on besides the model. `batch_size` is rows a device, `length` tokens of the longest row.
 
-    ``device`` is "gpu" or "cpu"; the latter adds what TRL and torch need where there are no GPU kernels.
+    `padding_free` joins a batch's rows to one sequence. `lengths` are then the tokens of the rows there are; empty
+    means that all may have `length`. `triton`: TRL's kernels run, as they do on Linux. On the device "cpu" they do not,
+    and there is no CUDA context.
     """
 
     batch_size: int
@@ -47,7 +51,39 @@ class Setting:
     quantization: str | None = None
     gpus: int = 1
     zero_stage: int = 0
+    padding_free: bool = False
+    lengths: tuple[int, ...] = ()
+    triton: bool = True
     device: str = "gpu"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest batch: its rows joined, or all padded to the longest."""
+        if self.padding_free and self.lengths:
+            return batch_tokens(self.lengths, self.batch_size, self.length)
+        return self.batch_size * self.length
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention needs a mask: where a batch has several rows, which are hardly ever of one length."""
+        return self.batch_size > 1
+
+    @property
+    def sequence(self) -> int:
+        """Tokens that attention sees at a time."""
+        return self.tokens if self.padding_free else self.length
+
+
+@cache
+def batch_tokens(lengths: tuple[int, ...], rows: int, longest: int) -> int:
+    """Tokens of the largest batch that joins `rows` rows of these lengths; those above `longest` are not trained on.
+
+    The largest of many random batches, 20,000 where they are small: all of the longest rows never meet in one.
+    """
+    kept = [length for length in lengths if length <= longest] or [longest]
+    batches = min(20_000, 1 + 2_000_000 // rows)
+    drawn = iter(random.Random(0).choices(kept, k=batches * rows))
+    return min(max(map(sum, zip(*[drawn] * rows))), sum(heapq.nlargest(rows, kept)))
 
 
 @dataclass(frozen=True)
@@ -82,7 +118,7 @@ class Estimate:
         return format_estimate(self)
 
     def by_part(self) -> dict[str, int]:
-        """Bytes by the name of the part, as ``plots.memory_figure`` takes them."""
+        """Bytes by the name of the part, as `plots.memory_figure` takes them."""
         return {part.name: part.bytes for part in self.parts}
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,7 +128,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a GLM model that memory depends on. ``query`` and ``key`` are the widths of all their heads."""
+    """The sizes of a GLM model that memory depends on. `query` and `key` are the widths of all their heads."""
 
     vocabulary: int
     hidden: int
@@ -153,7 +189,7 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """The shape from a transformers config of ``glm`` or ``glm4``. Glm4 has four norms a layer, Glm two."""
+    """The shape from a transformers config of `glm` or `glm4`. Glm4 has four norms a layer, Glm two."""
     head = config.head_dim
     return Shape(
         vocabulary=config.vocab_size,
@@ -186,8 +222,9 @@ def setting_of(profile: Profile, **changes: Any) -> Setting:
     """
     training = profile.training
     own = Setting(
-        training.per_device_batch_size, training.max_length, training.gradient_checkpointing, profile.quantization
-    )
+        training.per_device_batch_size, training.max_length, training.gradient_checkpointing, profile.quantization,
+        padding_free=training.padding_free,
+    )  # fmt: skip
     setting = dataclasses.replace(own, **{key: value for key, value in changes.items() if value is not None})
     if setting.quantization == "none":
         setting = dataclasses.replace(setting, quantization=None)
@@ -207,21 +244,25 @@ def setting_of(profile: Profile, **changes: Any) -> Setting:
     return setting
 
 
-def estimate(profile: Profile, setting: Setting | None = None, config: Any = None) -> Estimate:
+def estimate(
+    profile: Profile, setting: Setting | None = None, config: Any = None, layer: int | None = None
+) -> Estimate:
     """The peak of memory on each device, part by part.
 
-    ``config`` is a transformers config or a Shape; None takes the profile's model. Raises ModelError where the model's
-    shape is not known here.
+    `config` is a transformers config or a Shape; None takes the profile's model. `layer` are the bytes a token that
+    autograd keeps of one layer; None takes `layer_bytes`, those of a GPU. Raises ModelError where the model's shape is
+    not known here.
     """
     setting = setting or setting_of(profile)
     shape = config if isinstance(config, Shape) else _shape(profile, config)
+    layer = layer_bytes(shape, profile, setting) if layer is None else layer
     logits = _logits(shape, setting, profile)
-    step = (_activations(shape, setting, profile), logits, _working(shape, setting, profile, logits.bytes))
+    backward = (_activations(shape, setting, layer), logits, _working(shape, setting, layer, logits.bytes))
     parts = (
-        *_weights(shape, setting, profile),
+        *_weights(shape, setting),
         *_trained(shape, setting, profile),
-        *step,
-        *_answering(shape, setting, sum(part.bytes for part in step)),
+        *backward,
+        *_step(shape, setting, profile, sum(part.bytes for part in backward)),
         *_constant(setting),
     )
     return Estimate(profile.name, setting, tuple(part for part in parts if part.bytes))
@@ -234,18 +275,17 @@ def _shape(profile: Profile, config: Any) -> Shape:
 
 
 def largest_batch(profile: Profile, gib: float, setting: Setting | None = None, config: Any = None) -> int:
-    """The largest batch a device of ``gib`` GiB can train with; 0 where not even one row fits."""
+    """The largest batch, up to 4,096, that a device of `gib` GiB can train with; 0 where not even one row fits."""
     setting = setting or setting_of(profile)
-    fits = 0
-    for batch in _growing():
-        if estimate(profile, dataclasses.replace(setting, batch_size=batch), config).total_gib > gib:
-            return _last_fit(profile, gib, setting, config, fits, batch)
-        fits = batch
-    return fits
+
+    def needed(batch: int) -> float:
+        return estimate(profile, dataclasses.replace(setting, batch_size=batch), config).total_gib
+
+    return bisect.bisect_right(range(1, 4097), gib, key=needed)
 
 
 def nearest_fit(profile: Profile, gib: float, setting: Setting | None = None, config: Any = None) -> Setting | None:
-    """The setting closest to the given one that fits in ``gib`` GiB, or None.
+    """The setting closest to the given one that fits in `gib` GiB, or None.
 
     What costs least is given up first: the batch, then checkpointing is switched on, then the length is halved (down
     to 128), last 4-bit weights are used.
@@ -258,7 +298,7 @@ def nearest_fit(profile: Profile, gib: float, setting: Setting | None = None, co
 
 
 def require_memory(profile: Profile, gib: float, setting: Setting | None = None, config: Any = None) -> Estimate:
-    """The estimate, if it fits in ``gib`` GiB. Raises MachineError with the numbers and the nearest setting that fits."""
+    """The estimate, if it fits in `gib` GiB. Raises MachineError with the numbers and the nearest setting that fits."""
     setting = setting or setting_of(profile)
     needed = estimate(profile, setting, config)
     if needed.total_gib <= gib:
@@ -283,8 +323,8 @@ def describe(setting: Setting) -> str:
 
 
 def format_estimate(result: Estimate, sources: bool = False) -> str:
-    """The estimate as a plain table; with ``sources`` the formulas and where they are from."""
-    where = "process, beside Python and its packages" if result.setting.device == "cpu" else "GPU"
+    """The estimate as a plain table; with `sources` the formulas and where they are from."""
+    where = "process" if result.setting.device == "cpu" else "GPU"
     lines = [f"{result.profile}: {describe(result.setting)}; memory of each {where}", ""]
     for part in result.parts:
         lines.append(f"{part.name:<24}{part.bytes / GIB:>8.2f} GiB   {part.formula if sources else ''}".rstrip())
@@ -295,17 +335,8 @@ def format_estimate(result: Estimate, sources: bool = False) -> str:
 # The parts
 
 
-def _weights(shape: Shape, setting: Setting, profile: Profile) -> Iterator[Part]:
+def _weights(shape: Shape, setting: Setting) -> Iterator[Part]:
     shards = setting.gpus if setting.zero_stage == 3 else 1
-    if setting.quantization is None and setting.device == "cpu" and profile.lora is not None:
-        mapped = shape.parameters - shape.looked_up
-        yield Part(
-            "weights",
-            mapped * COMPUTE_BYTES,
-            f"({shape.parameters:,} parameters - {shape.looked_up:,} of the embedding table) x 2 bytes",
-            "safetensors maps the files into memory: a page is resident once it is read, and of the table few rows are",
-        )
-        return
     if setting.quantization is None:
         yield Part(
             "weights",
@@ -362,9 +393,8 @@ def lora_parameters(shape: Shape, profile: Profile) -> int:
     return shape.layers * profile.lora.r * sum(shape.lora_width(target) for target in profile.lora.target_modules)
 
 
-def _activations(shape: Shape, setting: Setting, profile: Profile) -> Part:
-    tokens = setting.batch_size * setting.length
-    ends = tokens * shape.hidden * 8
+def _activations(shape: Shape, setting: Setting, layer: int) -> Part:
+    tokens, ends = setting.tokens, setting.tokens * shape.hidden * 8
     if setting.gradient_checkpointing:
         return Part(
             "activations",
@@ -372,56 +402,50 @@ def _activations(shape: Shape, setting: Setting, profile: Profile) -> Part:
             f"{tokens:,} tokens x ({shape.layers} layers x {shape.hidden:,} x 2 bytes + {shape.hidden:,} x 8)",
             "checkpointing keeps the input of each layer (arXiv 1604.06174); the last norm keeps float32",
         )
-    each = layer_bytes(shape, profile, setting)
     return Part(
         "activations",
-        tokens * (shape.layers * each) + ends,
-        f"{tokens:,} tokens x ({shape.layers} layers x {each:,} bytes + {shape.hidden:,} x 8)",
+        tokens * shape.layers * layer + ends,
+        f"{tokens:,} tokens x ({shape.layers} layers x {layer:,} bytes + {shape.hidden:,} x 8)",
         "what autograd keeps of a layer, see layer_bytes (arXiv 2205.05198 for another architecture)",
     )
 
 
 def layer_bytes(shape: Shape, profile: Profile, setting: Setting) -> int:
-    """Bytes a token that autograd keeps of one layer with sdpa attention in bfloat16.
+    """Bytes a token that autograd keeps of one layer with sdpa attention in bfloat16 on a GPU.
 
     Counted with torch's saved-tensor hooks on transformers 5.23 and PEFT 0.21, which a test repeats: the norms in
-    float32; q, k, v and the attention's output; its logarithm of sums; gate and up, and the activated gate. LoRA keeps
-    for each target its input and the r values between its matrices, and with dropout the noise; full fine-tuning the
-    input of every linear module and of the norms' weights instead.
+    float32; q, k, v and the attention's output; its logarithm of sums; gate and up, and the activated gate. A mask
+    costs its bfloat16 copy, and k and v repeated for every head of q (use_gqa_in_sdpa in transformers).
+    LoRA keeps for each target its input, the r values between its matrices and dropout's mask of a byte
+    (native_dropout, which CUDA takes); full fine-tuning the input of every linear module and of the norms' weights.
     """
     norms = shape.norms * (4 * shape.hidden + 4)
-    attention = 2 * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
+    keys = 2 * (shape.query if setting.masked else shape.key)
+    attention = 2 * (2 * shape.query + keys) + 4 * shape.heads + (2 * setting.sequence if setting.masked else 0)
     mlp = 6 * shape.intermediate
     if profile.lora is None:
         inputs = 2 * (2 * shape.hidden + shape.query + shape.intermediate) + shape.norms * 2 * shape.hidden
         return norms + attention + mlp + inputs
-    kept, noise = _lora_widths(profile, setting)
-    each = ((kept + noise) * _inputs(shape, name) + kept * profile.lora.r for name in profile.lora.target_modules)
+    dropped = 1 if profile.lora.dropout else 0
+    each = (
+        (COMPUTE_BYTES + dropped) * inputs_of(shape, name) + COMPUTE_BYTES * profile.lora.r
+        for name in profile.lora.target_modules
+    )
     return norms + attention + mlp + sum(each)
 
 
-def _lora_widths(profile: Profile, setting: Setting) -> tuple[int, int]:
-    """Bytes of a number of LoRA's input and of its dropout noise.
-
-    On a GPU autocast computes in bfloat16 on noise in float32; on a CPU, without autocast, all is in the adapter's own
-    dtype.
-    """
-    adapter = COMPUTE_BYTES if setting.quantization else 4
-    kept = COMPUTE_BYTES if setting.device == "gpu" else adapter
-    return kept, adapter if profile.lora.dropout else 0
-
-
-def _inputs(shape: Shape, target: str) -> int:
+def inputs_of(shape: Shape, target: str) -> int:
+    """Inputs of one linear module."""
     return {"o_proj": shape.query, "down_proj": shape.intermediate}.get(target, shape.hidden)
 
 
 def _logits(shape: Shape, setting: Setting, profile: Profile) -> Part:
-    """TRL holds one tile of logits at a time. On a GPU a kernel works on it in place; on a CPU torch makes copies."""
-    tokens = setting.batch_size * setting.length
+    """TRL holds one tile of logits at a time. Triton's kernels work on it in place; without them torch makes copies."""
+    tokens = setting.tokens
     rows, columns = min(tokens, LOGIT_ROWS), min(shape.vocabulary, LOGIT_COLUMNS)
     trained, of_trained = _head_gradient(shape, setting, profile)
     hidden = tokens * shape.hidden * 4 + trained
-    if setting.device == "gpu":
+    if setting.triton and setting.device == "gpu":
         return Part(
             "logits",
             rows * columns * COMPUTE_BYTES + hidden,
@@ -434,7 +458,7 @@ def _logits(shape: Shape, setting: Setting, profile: Profile) -> Part:
         max(tile, weights) + hidden,
         f"the larger of {rows:,} x {columns:,} x 31 bytes and {columns:,} x ({shape.hidden:,} x 4 + {rows:,} x 6), "
         f"+ {tokens:,} x {shape.hidden:,} x 4{of_trained}",
-        "without GPU kernels TRL 1.16 copies a tile seven times in float32 beside a mask, later tile and lm_head's rows "
+        "without Triton TRL 1.16 copies a tile seven times in float32 beside a mask, later tile and lm_head's rows "
         "once (_backward_tile and _addmm_fp32 in trl/kernels/chunked_logprob.py)",
     )
 
@@ -445,19 +469,23 @@ def _head_gradient(shape: Shape, setting: Setting, profile: Profile) -> tuple[in
         return 0, ""
     own = shape.vocabulary * shape.hidden * (4 + COMPUTE_BYTES)
     later = shape.parameters * COMPUTE_BYTES // (setting.gpus if setting.zero_stage >= 2 else 1)
-    return (own - later, f" + {own:,} of lm_head's gradient - {later:,} of gradients that come later") if own > later else (0, "")
+    return (
+        (own - later, f" + {own:,} of lm_head's gradient - {later:,} of gradients that come later")
+        if own > later
+        else (0, "")
+    )
 
 
-def _working(shape: Shape, setting: Setting, profile: Profile, logits: int) -> Part:
+def _working(shape: Shape, setting: Setting, layer: int, logits: int) -> Part:
     """What one layer needs while it is worked on: recomputed activations, and weights back in bfloat16.
 
     The logits are gone by then, so only what goes beyond them counts.
     """
-    tokens = setting.batch_size * setting.length
-    again = layer_bytes(shape, profile, setting) if setting.gradient_checkpointing else 0
+    tokens = setting.tokens
+    again = layer if setting.gradient_checkpointing else 0
     passing = 2 * 3 * shape.intermediate + 4 * shape.hidden
     largest = 2 * shape.hidden * shape.intermediate * COMPUTE_BYTES if setting.quantization else 0
-    gathered = (shape.attention + shape.mlp) * COMPUTE_BYTES if setting.zero_stage == 3 else 0
+    gathered = min(LIVE_PARAMETERS, shape.parameters) * COMPUTE_BYTES if setting.zero_stage == 3 else 0
     return Part(
         "a layer beyond logits",
         max(0, tokens * (again + passing) + largest + gathered - logits),
@@ -465,20 +493,22 @@ def _working(shape: Shape, setting: Setting, profile: Profile, logits: int) -> P
         + (f" + {largest:,} bytes dequantized" if largest else "")
         + (f" + {gathered:,} bytes gathered" if gathered else "")
         + f" - {logits:,} of the logits",
-        "checkpointing computes a layer's activations again; 4-bit weights are multiplied in bfloat16",
+        "checkpointing computes a layer's activations again; 4-bit weights are multiplied in bfloat16; ZeRO-3 gathers "
+        "up to stage3_max_live_parameters",
     )
 
 
-def _answering(shape: Shape, setting: Setting, step: int) -> Iterator[Part]:
-    """What an answer between the steps takes on a CPU beyond what a step takes; on a GPU nothing is copied for it."""
-    if setting.device == "cpu":
-        copy = shape.vocabulary * shape.hidden * COMPUTE_BYTES
+def _step(shape: Shape, setting: Setting, profile: Profile, backward: int) -> Iterator[Part]:
+    """DeepSpeed's optimizer step, beyond what the backward pass took, which is over by then."""
+    if setting.zero_stage:
+        count = lora_parameters(shape, profile) if profile.lora else shape.parameters
+        group = min(count // setting.gpus, SUB_GROUP if setting.zero_stage == 3 else count)
         yield Part(
-            "an answer beyond a step",
-            max(0, copy - step),
-            f"{shape.vocabulary:,} x {shape.hidden:,} x 2 bytes - {step:,} of a step",
-            "generate takes the last position's slice, which torch.matmul does not fold: it copies lm_head, once for "
-            "each question of a batch (should_fold in ATen's LinearAlgebra.cpp); one question is counted",
+            "a step beyond backward",
+            max(0, group * (COMPUTE_BYTES + 4) - backward),
+            f"{group:,} x (2 + 4) bytes - {backward:,} of the backward pass",
+            "DeepSpeed 0.19 copies gradients into one bfloat16 array and that to float32: all of a GPU's at once, with "
+            "ZeRO-3 a sub-group's (runtime/zero/stage_1_and_2.py: step; stage3.py: _prepare_fp32_grad_for_sub_group)",
         )
 
 
@@ -494,7 +524,7 @@ def _constant(setting: Setting) -> Iterator[Part]:
     if setting.device == "gpu":
         yield Part("libraries", LIBRARY_BYTES, "0.8 GiB", "CUDA context and kernels: assumed, not measured here")
     else:
-        yield Part("libraries", CPU_LIBRARY_BYTES, f"{CPU_LIBRARY_BYTES / GIB:.3f} GiB", "measured with a model of nearly no size")
+        yield Part("libraries", CPU_LIBRARY_BYTES, "0.092 GiB", "measured with a model of nearly no size")
 
 
 def _divided(shards: int) -> str:
@@ -502,21 +532,6 @@ def _divided(shards: int) -> str:
 
 
 # Searching
-
-
-def _growing(most: int = 4096) -> Iterator[int]:
-    batch = 1
-    while batch <= most:
-        yield batch
-        batch *= 2
-
-
-def _last_fit(profile: Profile, gib: float, setting: Setting, config: Any, fits: int, fails: int) -> int:
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        need = estimate(profile, dataclasses.replace(setting, batch_size=middle), config).total_gib
-        fits, fails = (middle, fails) if need <= gib else (fits, middle)
-    return fits
 
 
 def _cheaper(setting: Setting, profile: Profile) -> Iterator[Setting]:

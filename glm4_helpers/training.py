@@ -135,7 +135,7 @@ def train(
     with sole_use(output), _without_known_warnings():
         rows = _rows(profile, tokenizer, *conversations)  # before anything of an earlier run is removed
         _check_rows(profile, rows)
-        require_room(profile, output, rows.longest, PartialState().num_processes, launched_zero_stage())
+        require_room(profile, output, rows.lengths, PartialState().num_processes, launched_zero_stage())
         profile = shared(lambda: with_dtype(profile, unfinished_run(work) if resume else None))
         facts = run_facts(profile, *conversations)
         start = shared(lambda: find_start(work, facts, resume))
@@ -357,9 +357,14 @@ class _Rows:
     questions: list[list[dict[str, str]]]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each training row."""
+        return [len(ids) for ids in self.train["input_ids"]]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest training row."""
-        return max(len(ids) for ids in self.train["input_ids"])
+        return max(self.lengths)
 
 
 def _rows(profile: Profile, tokenizer: PreTrainedTokenizerBase, train: Dataset, dev: Dataset | None) -> _Rows:

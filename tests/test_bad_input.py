@@ -449,11 +449,6 @@ def _(folder):
     return train("--output", save(folder / "results", "mine"))
 
 
-@case("too little memory", "100000 tokens", "GiB; ", "GiB are there")
-def _(folder):
-    return command("rehearse", "--profile", "glm-4-9b-full", "--tokens", "100000", "--folder", folder / "rehearsal")
-
-
 @case("too little disk space", "disk space", "GiB are free", "--output")
 def _(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
@@ -642,16 +637,6 @@ def _(folder):
 @case("a chat with a fully fine-tuned model before there is one", "no trained model in", "Train it")
 def _(folder):
     return command("chat", "--set", "lora=null", typed="你好\n")
-
-
-@case("a rehearsal with rows too short for an answer", "no room for an answer", "--tokens 12")
-def _(folder):
-    return command("rehearse", "--layers", "1", "--tokens", "11", "--folder", folder / "rehearsal")
-
-
-@case("a rehearsal in a folder with files in it", "data is not empty", "nothing was overwritten")
-def _(folder):
-    return command("rehearse", "--layers", "1", "--folder", folder / "data")
 
 
 # The environment

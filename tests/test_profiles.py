@@ -45,7 +45,7 @@ def test_the_9b_follows_the_published_recipe():
     assert (training.epochs, training.per_device_batch_size, training.evaluation_batch_size) == (3, 2, 4)
     assert (training.learning_rate, training.lr_scheduler, training.max_length) == (5e-4, "linear", 512)
     assert (training.evaluations_per_run, profile.dev_fraction) == (10, 0.05)
-    assert not training.padding_free
+    assert training.padding_free and training.gradient_checkpointing, "ours: the same losses with fewer tokens, and less memory"
     assert profile.sample_prompts == ("你好，告诉我你的名字。", "告诉我1+2等于多少？")
 
 

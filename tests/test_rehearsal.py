@@ -1,13 +1,16 @@
 """Rehearsals of two layers at true widths and vocabulary, and what a rehearsal refuses before it starts."""
 
+import contextlib
 import hashlib
 import json
+import types
 
 import pytest
+import torch
 from optional_packages import python_path
 
-from glm4_helpers import chat_format, memory, models, rehearsal
-from glm4_helpers.__main__ import main
+from benchmarks import rehearse as rehearsal
+from glm4_helpers import chat_format, memory, models
 from glm4_helpers.errors import MachineError, SettingError
 from glm4_helpers.profiles import get_profile
 
@@ -19,7 +22,9 @@ def _course(tmp_path, monkeypatch):
 
 
 def rehearse(capsys, folder, profile, layers, *options):
-    status = main(["rehearse", "--profile", profile, "--layers", str(layers), "--folder", str(folder), "--json", *options])
+    status = rehearsal.main(
+        ["--profile", profile, "--layers", str(layers), "--folder", str(folder), "--json", *options]
+    )
     printed = capsys.readouterr()
     assert status == 0, printed.err
     return {stage["name"]: stage for stage in json.loads(printed.out)["stages"]}
@@ -41,7 +46,10 @@ def test_the_whole_path_is_walked(tmp_path, capsys, monkeypatch, report, name):
     assert list(stages) == ["build", *rehearsal.STAGES]
     shape = memory.shape_of(rehearsal.model_config(profile, 2))
     assert stages["load"]["found"]["parameters"] == shape.parameters
-    assert stages["train"]["found"] == {"killed_in_step": 3}
+    assert stages["train"]["found"]["killed_in_step"] == 3
+    assert stages["train"]["found"]["tokens_a_second"] == pytest.approx(
+        64 / stages["train"]["found"]["s_a_step"], rel=0.1
+    )
     assert stages["resume"]["found"]["resumed_from"] == 2 and stages["resume"]["found"]["steps"] == 3
     if profile.lora:
         assert stages["reload"]["found"]["adapter_modules"] == 2 * 3
@@ -56,7 +64,13 @@ def test_the_whole_path_is_walked(tmp_path, capsys, monkeypatch, report, name):
 def small(profile, **changes):
     """The profile's config with narrow layers; ids and vocabulary stay true."""
     config = rehearsal.model_config(profile, 2)
-    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    narrow = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
     for name, value in {**narrow, **changes}.items():
         setattr(config, name, value)
     return config
@@ -105,7 +119,7 @@ def test_layers_that_are_not_there_are_refused(layers):
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("kept")
-    assert main(["rehearse", "--profile", "glm-edge-1.5b", "--layers", "1", "--folder", str(tmp_path / "mine")]) == 2
+    assert rehearsal.main(["--profile", "glm-edge-1.5b", "--layers", "1", "--folder", str(tmp_path / "mine")]) == 2
     assert "nothing was overwritten" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "kept"
 
@@ -118,7 +132,7 @@ def test_an_empty_folder_is_emptied_again(tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr(rehearsal, "rehearse", build_only)
-    assert main(["rehearse", "--profile", "glm-edge-1.5b", "--folder", str(tmp_path / "mine"), "--json"]) == 0
+    assert rehearsal.main(["--profile", "glm-edge-1.5b", "--folder", str(tmp_path / "mine"), "--json"]) == 0
     assert not (tmp_path / "mine" / "large").exists()
 
 
@@ -126,3 +140,28 @@ def test_too_little_memory_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(MachineError, match=r"needs about \d+\.\d GiB; \d+\.\d GiB are there"):
         rehearsal.rehearse(get_profile("glm-4-9b-full"), tmp_path / "new", tokens=100_000)
     assert not (tmp_path / "new").exists()
+
+
+def test_rows_too_short_for_an_answer_are_refused(tmp_path, capsys):
+    assert rehearsal.main(["--layers", "1", "--tokens", "11", "--folder", str(tmp_path / "new")]) == 2
+    assert "no room for an answer" in (said := capsys.readouterr().err) and "--tokens 12" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_adapter_is_tried_on_the_device_of_its_model(monkeypatch):
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __call__(self, ids):
+            assert ids.device == self.device, "a model on a GPU can't take ids on a CPU"
+            return types.SimpleNamespace(logits=torch.zeros(1, 1, 8))
+
+    monkeypatch.setattr(models, "adapter_off", contextlib.nullcontext)
+    assert rehearsal.adapter_effect(Elsewhere(), lambda text: {"input_ids": [1, 2]}) == 0
+
+
+def test_on_a_gpu_its_free_memory_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "on_gpu", lambda: True)
+    monkeypatch.setattr(rehearsal.subprocess, "check_output", lambda *command, **options: f"{12 * 2**30}\n")
+    with pytest.raises(MachineError, match=r"needs about 1\d\.\d GiB; 12\.0 GiB are there"):
+        rehearsal.rehearse(get_profile("glm-4-9b-lora"), tmp_path / "new")

@@ -104,11 +104,11 @@ def test_lora_config_is_the_profile_s():
 
 def test_sft_config_is_the_profile_s(tmp_path):
     settings = training.sft_config(get_profile("glm-4-9b-lora"), tmp_path, torch.bfloat16)
-    assert (settings.learning_rate, settings.num_train_epochs, settings.max_length) == (5e-4, 3, 512)
+    assert (settings.learning_rate, settings.num_train_epochs) == (5e-4, 3)
     assert (settings.per_device_train_batch_size, settings.per_device_eval_batch_size) == (2, 4)
     assert settings.gradient_checkpointing and settings.report_to == []
     assert settings.ddp_find_unused_parameters is False
-    assert not settings.padding_free
+    assert settings.padding_free and settings.max_length is None
 
 
 @pytest.mark.parametrize(("card", "native"), [("T4", False), ("L4", True)])

@@ -15,14 +15,16 @@ examples:
   python -m glm4_helpers memory --profile glm-4-9b-full --gpus 8 --zero 3
   python -m glm4_helpers memory --profile glm-4-9b-lora --batch 4 --length 1024 --json
 
-Nothing is loaded or measured: this is arithmetic. benchmarks/memory.md has such sums beside
-measurements, made on a CPU."""
+Nothing is loaded or measured: this is arithmetic. `python -m benchmarks.gpu` in the clone measures
+on a GPU what it can."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.add_argument("--batch", type=count, metavar="N", help="rows in one step of one GPU (default: the profile's)")
-    parser.add_argument("--length", type=count, metavar="N", help="tokens a row (default: the profile's training.max_length)")
+    parser.add_argument(
+        "--length", type=count, metavar="N", help="tokens a row (default: the profile's training.max_length)"
+    )
     parser.add_argument("--gpus", type=count, metavar="N", help="how many GPUs train together (default: 1)")
     parser.add_argument(
         "--zero",
@@ -37,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="gradient checkpointing: compute activations again instead of keeping them (default: the profile's)",
     )
-    parser.add_argument("--quantization", choices=("nf4", "none"), help="weights in 4 bits, or not (default: the profile's)")
+    parser.add_argument(
+        "--quantization", choices=("nf4", "none"), help="weights in 4 bits, or not (default: the profile's)"
+    )
+    parser.add_argument(
+        "--triton",
+        action=argparse.BooleanOptionalAction,
+        help="whether TRL's kernels run; they need Triton, which torch brings on Linux only (default: yes)",
+    )
     parser.add_argument(
         "--device", choices=("gpu", "cpu"), help="what trains (default: a cpu for glm4-nano, a gpu for the others)"
     )
@@ -63,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         gpus=arguments.gpus,
         zero_stage=arguments.zero,
         gradient_checkpointing=arguments.checkpointing,
+        triton=arguments.triton,
         device=arguments.device or _usual_device(profile, arguments.gpu_memory),
         quantization=arguments.quantization,
     )

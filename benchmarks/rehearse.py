@@ -5,6 +5,7 @@ Each stage runs in a process of its own, so that its peak memory is its own. Wha
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -13,18 +14,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from . import memory
-from .errors import CourseError, MachineError, SettingError
-from .profiles import Profile, get_profile, profile_settings
+from benchmarks import cpu_memory
+from glm4_helpers import memory
+from glm4_helpers.__main__ import Parser
+from glm4_helpers.__main__ import main as run_command
+from glm4_helpers.commands import add_json, add_profile, chosen_profile, count, show
+from glm4_helpers.environment import machine
+from glm4_helpers.errors import CourseError, MachineError, SettingError
+from glm4_helpers.memory import GIB
+from glm4_helpers.paths import outputs_dir
+from glm4_helpers.profiles import Profile, get_profile, profile_settings
 
-GIB = 2**30
+EXAMPLES = """\
+examples, from the clone:
+  python -m benchmarks.rehearse --profile glm-4-9b-lora --layers 2    minutes, 5 GiB of memory and disk
+  python -m benchmarks.rehearse --profile glm-4-9b-lora    all layers: 22 GiB of memory, 20 of disk
+  python -m benchmarks.rehearse --profile glm-4-9b-qlora --keep --folder /data/rehearsal
+
+Builds the model with random weights, loads it, trains, kills the training, resumes it, loads the
+adapter and answers. Nothing is downloaded, and the answers mean nothing. Without a GPU, the RAM
+that each stage takes stands beside an estimate for a CPU; with one, the GPU memory beside the
+estimate of `memory`. Empty CUDA_VISIBLE_DEVICES= in front keeps it off a GPU. Linux and macOS
+only; glm-4-9b-qlora needs bitsandbytes."""
+ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 2 * GIB
 POOL = 16_777_213
 """Random numbers that weights are filled from, a prime so that no two rows of a matrix start alike."""
@@ -41,7 +60,10 @@ or less of them, and a peak could not be compared with arithmetic. Other C libra
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: seconds, peak memory above what the imports take, the estimate where there is one, and findings."""
+    """One stage: seconds, peak memory in GiB, the estimate where there is one, and findings.
+
+    The peak is RAM above what the imports take; on a GPU, what torch reserved there and the CUDA context.
+    """
 
     name: str
     seconds: float
@@ -67,13 +89,18 @@ def rehearse(
     goes wrong.
     """
     if tokens < SHORTEST_ROW:
-        raise SettingError(f"Rows of {tokens} tokens have no room for an answer.", f"Give --tokens {SHORTEST_ROW} or more.")
+        raise SettingError(
+            f"Rows of {tokens} tokens have no room for an answer.", f"Give --tokens {SHORTEST_ROW} or more."
+        )
     config = model_config(profile, layers)
     folder = Path(folder).resolve()
     _check_folder(folder)
-    setting = memory.setting_of(profile, batch_size=batch_size, length=tokens, device="cpu")
-    wanted = memory.require_memory(profile, _available_gib(), setting, config)
-    _check_disk(folder, profile, config)
+    gpu = on_gpu()
+    setting = memory.setting_of(profile, batch_size=batch_size, length=tokens, device="gpu" if gpu else "cpu")
+    wanted = memory.require_memory(profile, _available_gib(gpu), setting, config)
+    if not gpu:
+        wanted = cpu_memory.estimate(profile, setting, config)
+    check_disk(folder, profile, config)
     done = []
     for name, act in (
         ("build", lambda: build(profile, folder, config, tokens, ROWS * batch_size)),
@@ -90,7 +117,7 @@ def rehearse(
 
 def model_config(profile: Profile, layers: int | None = None) -> Any:
     """The config of the profile's model with so many layers. Raises SettingError for more than it has, or none."""
-    from .models import model_config as whole
+    from glm4_helpers.models import model_config as whole
 
     config = whole(profile)
     if layers is None:
@@ -104,13 +131,15 @@ def model_config(profile: Profile, layers: int | None = None) -> Any:
 # Building
 
 
-def build(profile: Profile, folder: Path, config: Any, tokens: int, rows: int = ROWS) -> dict[str, Any]:
+def build(
+    profile: Profile, folder: Path, config: Any, tokens: int, rows: int = ROWS, dev_rows: int = 1
+) -> dict[str, Any]:
     """Write model, tokenizer and rows into a course folder; the same bytes each time."""
     base = folder / profile.base_model
     base.mkdir(parents=True)
     (folder / "data").mkdir()
-    for name, count in (("train", rows), ("dev", 1)):
-        made = [_row(number, tokens) for number in range(count)]
+    for name, size in (("train", rows), ("dev", dev_rows)):
+        made = [_row(number, tokens) for number in range(size)]
         (folder / "data" / f"{name}.json").write_text(json.dumps(made), encoding="utf-8")
     tokenizer = stand_in_tokenizer(config)
     tokenizer.save_pretrained(base)
@@ -128,7 +157,7 @@ def stand_in_tokenizer(config: Any):
     """A tokenizer with GLM-4's special tokens at their true ids and one token a byte; no merges, since none are here."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from .tokenizer_building import glm4_tokenizer
+    from glm4_helpers.tokenizer_building import glm4_tokenizer
 
     first = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -144,7 +173,7 @@ def _write_weights(profile: Profile, config: Any, base: Path) -> int:
     """Seeded random bfloat16 weights in shards of SHARD_BYTES with an index. Returns the number of shards."""
     from safetensors.torch import save_file
 
-    from .models import meta_model
+    from glm4_helpers.models import meta_model
 
     model = meta_model(config)
     shards = list(_shards(model.state_dict()))
@@ -196,14 +225,18 @@ def _filled(names: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 def _in_process(stage: str, profile: Profile, folder: Path, tokens: int, batch_size: int) -> dict[str, Any]:
     """Run a stage and return what it found. The stage "train" has to end by its own SIGKILL."""
     result = folder / f"{stage}.json"
-    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     job = {
         "stage": stage, "profile": profile_settings(profile), "tokens": tokens, "batch_size": batch_size,
         "result": str(result),
     }  # fmt: skip
+    changed = {
+        **RETURN_FREED_MEMORY, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": one_gpu(),
+    }  # fmt: skip
     finished = subprocess.run(
-        [sys.executable, "-c", f"from glm4_helpers.rehearsal import work; work({job!r})"],
-        env={**os.environ, **RETURN_FREED_MEMORY, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, "-c", f"from benchmarks.rehearse import work; work({job!r})"],
+        env={**os.environ, **changed},
         capture_output=True,
         text=True,
     )
@@ -219,7 +252,7 @@ def work(job: dict[str, Any]) -> None:
     # What is imported belongs to the baseline, also what training would import only later.
     from trl import SFTTrainer  # noqa: F401
 
-    from . import generation, training  # noqa: F401
+    from glm4_helpers import generation, training  # noqa: F401
 
     settings = dict(job["profile"])
     profile = _rehearsed(get_profile(settings.pop("name"), **settings), job["tokens"], job["batch_size"])
@@ -236,6 +269,8 @@ class _Keeper:
 
     def __call__(self, found: dict[str, Any]) -> None:
         peak = (_peak_bytes() - self.baseline) / GIB
+        if on_gpu():
+            found, peak = {**found, **gpu_peak()}, used_gib()
         self.file.write_text(json.dumps({**found, "peak_gib": peak}), encoding="utf-8")
 
 
@@ -256,7 +291,7 @@ def _rehearsed(profile: Profile, tokens: int, batch_size: int) -> Profile:
 
 
 def _load(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    from . import models
+    from glm4_helpers import models
 
     model = models.load_base_model(profile)
     shape = memory.shape_of(model.config)
@@ -274,31 +309,50 @@ def _numbers(weight: Any) -> int:
 
 class _MeasureTraining(TrainerCallback):
     """Forgets the peak of loading, which has a stage of its own: weights that are quantized are read through pages of
-    their files, and those stay resident until all are read, unless the system needs them."""
+    their files, and those stay resident until all are read, unless the system needs them. Times each step."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.seconds = tokens, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         _reset_peak()
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        synchronize()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def found(self) -> dict[str, Any]:
+        """Seconds and real tokens a second of the last whole step; the first one has to warm up."""
+        return {"s_a_step": round(self.seconds[-1], 3), "tokens_a_second": round(self.tokens / self.seconds[-1])}
+
 
 def _train(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    from . import training
+    from glm4_helpers import training
 
     class Kill(_MeasureTraining):
         """Ends the process as a machine that goes down would: in the middle of a step, with its gradients there."""
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             if state.global_step + 1 == KILLED_IN:
-                keep({"killed_in_step": KILLED_IN})
+                keep({"killed_in_step": KILLED_IN, **self.found()})
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    training.train(profile, tracking_mode="disabled", callbacks=[Kill()])
+    training.train(profile, tracking_mode="disabled", callbacks=[Kill(_step_tokens(profile))])
     return {}
 
 
-def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    from . import training
+def _step_tokens(profile: Profile) -> int:
+    return profile.training.per_device_batch_size * profile.training.max_length
 
-    result = training.train(profile, tracking_mode="disabled", callbacks=[_MeasureTraining()])
+
+def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
+    from glm4_helpers import training
+
+    result = training.train(profile, tracking_mode="disabled", callbacks=[_MeasureTraining(_step_tokens(profile))])
     _require(result.resumed_from == CHECKPOINT_AT, f"training went on from step {result.resumed_from}")
     steps = max(row["step"] for row in result.log_history)
     _require(steps == ROWS, f"training ended after step {steps}")
@@ -306,9 +360,7 @@ def _resume(profile: Profile, keep: _Keeper) -> dict[str, Any]:
 
 
 def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
-    import torch
-
-    from . import generation, models, training
+    from glm4_helpers import generation, models, training
 
     trained = training.default_adapter_dir(profile)
     if profile.lora is None:
@@ -319,15 +371,24 @@ def _reload(profile: Profile, keep: _Keeper) -> dict[str, Any]:
     if profile.lora is not None:
         model = models.load_adapter(model, trained, profile)
         found["adapter_modules"] = model.config.num_hidden_layers * len(profile.lora.target_modules)
-        ids = torch.tensor([tokenizer("a?")["input_ids"]])
-        with torch.no_grad():
-            live = model(ids).logits[0, -1].float()
-            with models.adapter_off(model):
-                off = model(ids).logits[0, -1].float()
-        found["adapter_effect"] = round(float((live - off).abs().max()), 6)
+        found["adapter_effect"] = adapter_effect(model, tokenizer)
         _require(found["adapter_effect"] > 0, "the adapter changes nothing")
     pieces = list(generation.stream(model, tokenizer, [{"role": "user", "content": "a?"}], max_new_tokens=NEW_TOKENS))
     return {**found, "streamed": bool(pieces) or "the first token was a stop id"}
+
+
+def adapter_effect(model: Any, tokenizer: Any) -> float:
+    """The largest difference that the adapter makes to the logits of one token."""
+    import torch
+
+    from glm4_helpers import models
+
+    ids = torch.tensor([tokenizer("a?")["input_ids"]], device=model.device)
+    with torch.no_grad():
+        live = model(ids).logits[0, -1].float()
+        with models.adapter_off(model):
+            off = model(ids).logits[0, -1].float()
+    return round(float((live - off).abs().max()), 6)
 
 
 def _require(true: bool, otherwise: str) -> None:
@@ -345,6 +406,11 @@ def _reset_peak() -> int:
     import psutil
 
     gc.collect()
+    if on_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -364,10 +430,51 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _available_gib() -> float:
-    from .environment import machine
+def on_gpu() -> bool:
+    """Whether the models are on a GPU in this process."""
+    from glm4_helpers.models import default_device
 
-    return machine().memory_available_gib
+    return default_device().type == "cuda"
+
+
+def one_gpu() -> str:
+    """CUDA_VISIBLE_DEVICES for a process that trains: the first GPU that is visible, since TRL's trainer takes one."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done what it was given, or the clock would show less."""
+    import torch
+
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def gpu_peak() -> dict[str, float]:
+    """GiB that torch allocated at most, and those it reserved for that."""
+    import torch
+
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"allocated_gib": round(allocated / GIB, 2), "reserved_gib": round(reserved / GIB, 2)}
+
+
+def used_gib() -> float:
+    """GiB of the GPU that were taken at most: what torch reserved, and what else is not free, such as CUDA's context.
+
+    What other processes have there counts too, so none should.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()) / GIB
+
+
+def _available_gib(gpu: bool = False) -> float:
+    """Free RAM, or free memory of the GPU. That is asked in a process that ends: a CUDA context here would take some."""
+    if not gpu:
+        return machine().memory_available_gib
+    asked = "import torch; print(torch.cuda.mem_get_info()[0])"
+    return int(subprocess.check_output([sys.executable, "-c", asked], text=True)) / GIB
 
 
 def _check_folder(folder: Path) -> None:
@@ -375,7 +482,7 @@ def _check_folder(folder: Path) -> None:
         raise SettingError(f"{folder} is not empty; nothing was overwritten.", "Give another folder, or empty it.")
 
 
-def _check_disk(folder: Path, profile: Profile, config: Any) -> None:
+def check_disk(folder: Path, profile: Profile, config: Any) -> None:
     """The base model; without LoRA also two checkpoints with AdamW's two states, and the trained model."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     copies = 1 if profile.lora else 1 + 2 * 3 + 1
@@ -399,3 +506,51 @@ def format_stages(stages: list[Stage]) -> str:
 
 def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.rehearse`."""
+    parser = Parser(
+        prog="python -m benchmarks.rehearse",
+        description="Try a profile's whole path at its true shape with random weights, before a GPU is rented.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_profile(parser)
+    parser.add_argument("--layers", type=count, metavar="N", help="the first N layers only (default: all)")
+    parser.add_argument("--tokens", type=count, default=256, metavar="N", help="tokens of each row (default: 256)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="where to build, empty or absent (default: outputs/rehearsal)"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the folder when done (it is large)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rehearse, print the stages, and leave nothing behind unless asked to."""
+    profile = chosen_profile(arguments)
+    folder = arguments.folder or outputs_dir() / "rehearsal"
+    foreign = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+    def report(stage: Stage) -> None:
+        print(f"{stage.name}: {stage.seconds:.0f} s, peak {stage.peak_gib:.2f} GiB", file=sys.stderr, flush=True)
+
+    try:
+        stages = rehearse(profile, folder, arguments.layers, arguments.tokens, report)
+    finally:
+        if not arguments.keep and not foreign:
+            shutil.rmtree(folder, ignore_errors=True)
+    figures = {"profile": profile.name, "machine": str(machine()), "stages": [asdict(stage) for stage in stages]}
+    show(arguments, figures, f"{machine()}\n\n{format_stages(stages)}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a rehearsal and return its exit status, as `glm4_helpers.__main__.main` does."""
+    return run_command(argv, build_parser())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
