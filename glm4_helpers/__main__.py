@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
+from .environment import ignore_leftovers
 from .errors import CourseError
 from .profiles import get_profile, profile_names
 
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (a check failed), 2 (an error to mend) or 130 (Ctrl-C)."""
     _write_utf8()
+    ignore_leftovers()
     arguments = build_parser().parse_args(argv)
     try:
         status = _run(arguments)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from .environment import launched_zero_stage
 from .errors import SettingError
 from .generation import answers
-from .models import save_adapter_facts, set_stop_ids
+from .models import save_adapter_facts
 from .profiles import Profile
 
 MARKER = "complete.json"
@@ -125,8 +125,6 @@ class AnswerAtCheckpoints(TrainerCallback):
         self.records: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # The trainer has just aligned the model with the tokenizer, which knows one of the three stop ids.
-        set_stop_ids(model, self.tokenizer)
         earlier = (read_json(self.file) or []) if state.global_step else []
         self.records = [record for record in earlier if record["step"] <= state.global_step]
         if not state.global_step:

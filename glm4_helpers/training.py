@@ -43,7 +43,7 @@ from .callbacks import (
 )
 from .chat_format import prompt_ids
 from .datasets import can_be_asked, data_source, encode_rows, fingerprint, load_messages, split, without_nulls
-from .environment import launched_zero_stage, machine, require_room
+from .environment import launched_zero_stage, machine, require_room, use_one_gpu
 from .errors import SettingError
 from .paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, share_weights, shown
 from .profiles import Profile, flat_settings, profile_settings
@@ -191,7 +191,6 @@ def build_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # it prints every log as a raw dict
-    models.set_stop_ids(trainer.model, tokenizer)
     return trainer
 
 
@@ -303,6 +302,7 @@ def train(
     little memory or disk space.
     """
     _join_processes()
+    models.check_gpu(profile)
     tracking.check_mode(tracking_mode)
     output = _output(profile, output_dir)
     models.check_weights(models.base_folder(profile), profile)
@@ -382,7 +382,6 @@ def _train(
         own = [StopAtNan(), marking, answering, *stopping, *filter(None, [tracker, progress()])]
         trainer = build_trainer(model, tokenizer, rows.train, rows.dev, profile, work, [*own, *callbacks], config)
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        models.set_stop_ids(trainer.model, tokenizer)
     result = _result(trainer, output, profile, marking.seconds, answering.records, start)
     _finish(trainer, profile, result, facts, work)
     return result
@@ -479,6 +478,7 @@ def _anew(profile: Profile, work: Path, facts: Mapping[str, Any], cut_short: Map
 
 def _join_processes() -> None:
     """Meet the other processes of `accelerate launch`. On a CPU each takes itself for the only one unless told so."""
+    use_one_gpu()
     PartialState(cpu=not torch.cuda.is_available())
 
 
