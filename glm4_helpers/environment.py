@@ -431,7 +431,8 @@ def _driver_check(here: Machine, profile: Profile) -> list[Check]:
     """What NVIDIA's driver and torch's build make of each other; no check without such a driver."""
     if here.driver is None:
         return []
-    found = f"NVIDIA {here.driver}, torch {here.torch} {_torch_build()}"
+    index = torch_index(*_nvidia()) or "none, it is too old"
+    found = f"NVIDIA {here.driver} (index of torch that fits: {index}), torch {here.torch} {_torch_build()}"
     unused = not here.gpus or not all(gpu.in_build for gpu in here.gpus)
     if unused and (here.gpus or needs(profile).gpu_memory_gib):
         return [Check("driver", False, f"{found}, which can't use the GPU", torch_fix())]
@@ -444,6 +445,14 @@ def _torch_build() -> str:
     except (ImportError, OSError):
         return "(not there)"
     return f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
+
+
+def unused_nvidia_gpu() -> bool:
+    """Whether NVIDIA's driver names a GPU that torch doesn't see, without being told not to."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return not hidden and not torch.cuda.is_available() and bool(_nvidia()[1])
 
 
 def torch_index(driver: str, capabilities: tuple[float, ...] = ()) -> str | None:

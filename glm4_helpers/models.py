@@ -152,19 +152,24 @@ def native_bfloat16() -> bool:
 
 
 def check_gpu(profile: Profile, dtype: str | torch.dtype | None = None) -> None:
-    """Raise MachineError where there is a GPU that can't compute for the profile; nothing is loaded.
+    """Raise MachineError where there is a GPU and it can't compute for the profile; nothing is loaded.
 
-    Either this torch was built without code for the GPU, or the weights are bfloat16 (`dtype` None: the profile's) or
-    quantized, and the GPU only emulates bfloat16.
+    Either this torch can't use it (a build for the CPU, for a newer driver or for other cards), or weights in bfloat16
+    (`dtype` None: the profile's) or 4 bits are asked of a GPU that only emulates bfloat16.
     """
+    needs_bfloat16 = profile.quantization is not None or resolve_dtype(dtype or profile.dtype) == torch.bfloat16
     if not torch.cuda.is_available():
+        if needs_bfloat16 and environment.unused_nvidia_gpu():
+            raise MachineError(
+                f"There is an NVIDIA GPU, and torch {torch.__version__} can't use it.",
+                f"{environment.torch_fix()}   (or choose the CPU: set CUDA_VISIBLE_DEVICES to nothing)",
+            )
         return
     card = environment.cuda_gpu(default_device().index or 0)
     if not card.in_build:
         raise MachineError(
             f"torch {torch.__version__} was built without code for this GPU ({card.name}).", environment.torch_fix()
         )
-    needs_bfloat16 = profile.quantization is not None or resolve_dtype(dtype or profile.dtype) == torch.bfloat16
     if needs_bfloat16 and not native_bfloat16():
         raise MachineError(
             f"{profile.name} computes in bfloat16, which this GPU ({card.name}) only emulates; "

@@ -282,6 +282,25 @@ def test_a_torch_that_can_not_use_the_driver_gets_one_line(driver, monkeypatch, 
     assert nano.ok and fix in nano.found
 
 
+def test_a_cpu_build_beside_a_gpu_is_refused_for_what_needs_the_gpu(driver, empty_course, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    driver("580.65.06", "L4")
+    for attempt in (models.load_base_model, training.train):
+        with pytest.raises(MachineError, match=r"NVIDIA GPU, and torch .* can't use it") as raised:
+            attempt(get_profile("glm-4-9b-qlora"))
+        assert raised.value.fix.startswith("python -m pip install torch==2.13.0+cu130 --index-url")
+    models.check_gpu(get_profile("glm4-nano"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    models.check_gpu(get_profile("glm-4-9b-qlora"))
+
+
+def test_the_doctor_names_the_index_that_fits_where_all_is_well(cards, driver):
+    cards("L4")
+    driver("580.65.06", "L4")
+    check = found("glm-4-9b-lora", "driver")
+    assert check.ok and "NVIDIA 580.65.06 (index of torch that fits: cu130)" in check.found
+
+
 @pytest.mark.parametrize(
     ("version", "capabilities", "index"),
     [("580.65.06", (7.5,), "cu130"), ("580.65.06", (7.0,), "cu126"), ("575.57.08", (8.9,), "cu126"),
