@@ -184,8 +184,11 @@ def test_notebooks_take_one_gpu_before_anything_asks_for_it(cards, monkeypatch, 
     assert environment.machine().gpus == (environment.Gpu("Tesla T4", 14.7, bfloat16=False),)
 
 
-@pytest.mark.parametrize(("names", "visible", "used"), [("T4", None, None), ("T4,T4", None, "0"), ("T4,T4,T4,T4", "2,3", "2")])
-def test_training_runs_with_a_t4_and_with_several(course, tmp_path, names, visible, used):  # noqa: F811
+@pytest.mark.parametrize(
+    ("names", "visible", "used", "dtype"),
+    [("T4", None, None, "float32"), ("L4,L4", None, "0", "bfloat16"), ("T4,T4,L4,L4", "2,3", "2", "bfloat16")],
+)
+def test_training_runs_with_a_t4_and_with_several(course, tmp_path, names, visible, used, dtype):  # noqa: F811
     variables = {"GLM4_HOME": str(course), "GLM4_TEST_CARDS": names, "PYTHONPATH": f"{STARTUP}{os.pathsep}{ROOT}"}
     variables |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     small = ("training.epochs=1", "training.evaluations_per_run=1", "max_new_tokens=4")
@@ -197,7 +200,7 @@ def test_training_runs_with_a_t4_and_with_several(course, tmp_path, names, visib
     assert done.returncode == 0, done.stderr[-3000:]
     assert (f"(CUDA_VISIBLE_DEVICES={used})" in done.stdout) == (used is not None)
     run = json.loads((tmp_path / "out" / "checkpoints" / "run.json").read_text(encoding="utf-8"))
-    assert run["dtype"] == "float32"
+    assert run["dtype"] == dtype
 
 
 # What a pod leaves in the environment
