@@ -183,8 +183,7 @@ def use_one_gpu() -> None:
     count = torch.cuda.device_count()
     if launched() or count < 2:
         return
-    several = f"--num_processes {count} -m glm4_helpers train"
-    every = f"accelerate launch --config_file configs/ddp.yaml {several}"
+    every = f"accelerate launch --config_file configs/ddp.yaml --num_processes {count} -m glm4_helpers train"
     variable = "CUDA_VISIBLE_DEVICES"
     if torch.version.hip and "HIP_VISIBLE_DEVICES" in os.environ:
         variable = "HIP_VISIBLE_DEVICES"
@@ -393,17 +392,18 @@ def _profile_check(here: Machine, name: str) -> Check:
 
 def _gpu_check(here: Machine, profile: Profile) -> Check:
     need = needs(profile).gpu_memory_gib
-    found = "; ".join(filter(None, [_gpu_text(here.gpus), *map(_bfloat16_text, here.gpus[:1]), _several_text(here.gpus)]))
+    texts = [_gpu_text(here.gpus), *map(_bfloat16_text, here.gpus[:1]), _several_text(here.gpus)]
+    found = "; ".join(filter(None, texts))
     if not need:
         return Check("GPU", True, found or "none, and none is needed")
     if not here.gpus:
-        fix = "Take a machine with a GPU of NVIDIA or AMD (Colab, Kaggle, rented), or the profile glm4-nano, which needs none."
-        return Check("GPU", False, f"none that training can use; {need:.0f} GiB needed", torch_fix() if here.driver else fix)
+        fix = "Take a machine with a GPU of NVIDIA or AMD (Colab, Kaggle, rented), or glm4-nano, which needs none."
+        found = f"none that training can use; {need:.0f} GiB needed"
+        return Check("GPU", False, found, torch_fix() if here.driver else fix)
     problem, fix = _gpu_problem(here.gpus[:1] if profile.lora else here.gpus, profile, need)
-    if problem and profile.lora:  # the first one is used
-        for index, gpu in enumerate(here.gpus):
-            if not _gpu_problem((gpu,), profile, need)[0]:
-                fix = f"Choose {gpu.name}: set CUDA_VISIBLE_DEVICES={index}."
+    better = [index for index, gpu in enumerate(here.gpus) if not _gpu_problem((gpu,), profile, need)[0]]
+    if problem and better and profile.lora:
+        fix = f"Choose {here.gpus[better[0]].name}: set CUDA_VISIBLE_DEVICES={better[0]}."
     return Check("GPU", not problem, f"{found}; {problem}" if problem else found, fix)
 
 
@@ -431,8 +431,8 @@ def _driver_check(here: Machine, profile: Profile) -> list[Check]:
     """What NVIDIA's driver and torch's build make of each other; no check without such a driver."""
     if here.driver is None:
         return []
-    index = torch_index(*_nvidia()) or "none, it is too old"
-    found = f"NVIDIA {here.driver} (index of torch that fits: {index}), torch {here.torch} {_torch_build()}"
+    index = torch_index(*_nvidia()) or "none, the driver is too old"
+    found = f"NVIDIA {here.driver} (index for torch {TORCH}: {index}), torch {here.torch} {_torch_build()}"
     unused = not here.gpus or not all(gpu.in_build for gpu in here.gpus)
     if unused and (here.gpus or needs(profile).gpu_memory_gib):
         return [Check("driver", False, f"{found}, which can't use the GPU", torch_fix())]

@@ -69,11 +69,11 @@ def attempted(value: Any) -> bool:
 
 
 def prepare_notebook() -> None:
-    """Show the course's own errors with their fix, use one GPU of several, and keep messages nobody can act on out of sight.
+    """Use one GPU of several, show the course's own errors with their fix, and hide messages nobody can act on.
 
-    Loading bars go, the trainer's progress stays. Errors and warnings of the libraries stay too, but for these: bitsandbytes on a kernel
-    that no CPU profile uses, DeepSpeed on a CPU that it finds no GPU beside, and PEFT 0.21 and TRL 1.16 using a name
-    that transformers 5.23 has changed.
+    Loading bars go, the trainer's progress stays. Errors and warnings of the libraries stay too, but for these:
+    bitsandbytes on a kernel that no CPU profile uses, DeepSpeed on a CPU that it finds no GPU beside, and PEFT 0.21 and
+    TRL 1.16 using a name that transformers 5.23 has changed. Raises SettingError after `environment.use_one_gpu`.
     """
     import datasets
     import transformers

@@ -33,7 +33,7 @@ CARDS = {
 
 
 class Cuda:
-    """The part of torch.cuda that answers. CUDA_VISIBLE_DEVICES counts until the driver is first asked, as with CUDA."""
+    """The part of torch.cuda that answers. CUDA_VISIBLE_DEVICES counts until the driver is first asked."""
 
     def __init__(self, names):
         self.cards = [CARDS[name] for name in names]

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from accelerate import PartialState
 from cards import CARDS, STARTUP, install
 from test_launch import course, rows  # noqa: F401  a course folder with a tiny model
 from test_notebooks import execute, printed, small_course  # noqa: F401
@@ -19,14 +20,17 @@ from glm4_helpers.errors import MachineError, SettingError
 from glm4_helpers.profiles import get_profile
 
 ROOT = Path(__file__).parent.parent
+PIP = "python -m pip install torch==2.13.0"
 LARGE = ("glm-edge-1.5b", "glm-4-9b-qlora", "glm-4-9b-lora", "glm-4-9b-0414", "glm-4-9b-full")
 
 
 @pytest.fixture
 def cards(monkeypatch):
-    """Gives this process cards by name."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return lambda *names: install(names, monkeypatch.setattr, monkeypatch.setenv)
+    """Gives this process cards by name, until the test ends."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that what a test makes of it is undone
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    yield lambda *names: install(names, monkeypatch.setattr, monkeypatch.setenv)
+    PartialState._reset_state()  # accelerate keeps its device for the whole process
 
 
 @pytest.fixture
@@ -192,7 +196,7 @@ def test_training_runs_with_a_t4_and_with_several(course, tmp_path, names, visib
     variables = {"GLM4_HOME": str(course), "GLM4_TEST_CARDS": names, "PYTHONPATH": f"{STARTUP}{os.pathsep}{ROOT}"}
     variables |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     small = ("training.epochs=1", "training.evaluations_per_run=1", "max_new_tokens=4")
-    command = [sys.executable, "-m", "glm4_helpers", "train", "--tracking", "disabled", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "glm4_helpers", "train", "--tracking", "disabled", "--output", tmp_path / "out"]
     done = subprocess.run(
         [*command, *(part for pair in small for part in ("--set", pair))], cwd=ROOT, env={**os.environ, **variables},
         capture_output=True, text=True, timeout=300,
@@ -206,7 +210,9 @@ def test_training_runs_with_a_t4_and_with_several(course, tmp_path, names, visib
 # What a pod leaves in the environment
 
 
-@pytest.mark.parametrize("left", [{"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "pod-0"}, {"LOCAL_RANK": "1"}])
+@pytest.mark.parametrize(
+    "left", [{"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "pod-0"}, {"LOCAL_RANK": "1"}]
+)
 def test_leftovers_of_a_pod_silence_no_command(monkeypatch, capsys, left):
     for name, value in left.items():
         monkeypatch.setenv(name, value)
@@ -270,8 +276,8 @@ def test_the_doctor_finds_a_v100_left_out_of_the_build(cards, driver):
 @pytest.mark.parametrize(
     ("version", "card", "fix"),
     [
-        ("580.65.06", "L4", "python -m pip install torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"),
-        ("550.127.05", "L4", "python -m pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"),
+        ("580.65.06", "L4", f"{PIP}+cu130 --index-url https://download.pytorch.org/whl/cu130"),
+        ("550.127.05", "L4", f"{PIP}+cu126 --index-url https://download.pytorch.org/whl/cu126"),
         ("470.256.02", "L4", "Update NVIDIA's driver 470.256.02 to 580 or newer"),
     ],
 )
@@ -301,7 +307,7 @@ def test_the_doctor_names_the_index_that_fits_where_all_is_well(cards, driver):
     cards("L4")
     driver("580.65.06", "L4")
     check = found("glm-4-9b-lora", "driver")
-    assert check.ok and "NVIDIA 580.65.06 (index of torch that fits: cu130)" in check.found
+    assert check.ok and "NVIDIA 580.65.06 (index for torch 2.13.0: cu130)" in check.found
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def as_transformers_4_writes_it(config):
     """rope_parameters in parts, the dtype by its older name, and no bos_token_id where there is none."""
     rope = config["rope_parameters"]
     kept = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "bos_token_id")}
-    parts = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"], "rope_scaling": None}
+    parts = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")} | {"rope_scaling": None}
     return kept | parts | {"torch_dtype": config["dtype"], "transformers_version": "4.57.0"}
 
 

@@ -1,4 +1,4 @@
-"""Python runs this at its start where the folder is on PYTHONPATH: it gives the process the cards of GLM4_TEST_CARDS."""
+"""Python runs this at its start where the folder is on PYTHONPATH: the process gets the cards of GLM4_TEST_CARDS."""
 
 import os
 import sys
