@@ -8,7 +8,8 @@
 # Variables:
 #   PYTHON=...       the Python (3.11 or newer) to make .venv with
 #   TORCH_INDEX=cpu  take torch from PyTorch's CPU index (Linux without a GPU: a far smaller download);
-#                    also cu128 and so on, or a whole address
+#                    also cu130 (needs NVIDIA's driver 580), cu126 (driver 525; for V100 and older cards),
+#                    or a whole address; `python -m glm4_helpers doctor` names the one that fits
 #   PYTEST=...       arguments for pytest, for example PYTEST="-m 'not slow'"
 # Kept to what GNU make 3.81 knows, since macOS ships that. Paths are relative, so that spaces in the
 # folder's own path do no harm.
@@ -19,6 +20,8 @@
 RUN = .venv/bin/python
 INSTALLED = .venv/installed
 PYTEST =
+# Jupyter refuses root, which is the only user of most containers.
+AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 # Without a browser there would be no new screenshots: that has to be seen.
 SCREENSHOTS = GLM4_SCREENSHOTS=images/screenshots GLM4_REQUIRE_BROWSER=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest \
 	tests/test_browser.py tests/test_plots.py -k 'browser or without_any_chinese_font'
@@ -30,7 +33,7 @@ test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(RUN) -m pytest $(PYTEST)
 
 lab: $(INSTALLED)
-	$(RUN) -m jupyter lab notebooks
+	$(RUN) -m jupyter lab notebooks $(AS_ROOT)
 
 notebooks: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers course --in-place

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
+from .environment import ignore_leftovers
 from .errors import CourseError
 from .profiles import get_profile, profile_names
 
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | No
     ``parser`` None takes the course's own commands; each command of another one sets ``run``, too.
     """
     _write_utf8()
+    ignore_leftovers()
     arguments = (parser or build_parser()).parse_args(argv)
     try:
         status = _run(arguments)

@@ -1,6 +1,6 @@
-"""What this machine is, and whether it is enough for a profile: the doctor.
+"""What this machine is, which of its GPUs a process uses, and whether it is enough for a profile: the doctor.
 
-It only looks: nothing is installed, downloaded or changed. How much memory a profile takes is worked out in memory.py.
+Nothing is installed or downloaded. How much memory a profile takes is worked out in memory.py.
 Light to import; torch is imported when the GPU is asked for.
 """
 
@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,14 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from . import memory
-from .errors import CourseError, MachineError
+from .errors import CourseError, MachineError, SettingError
 from .paths import CHECKPOINTS, home
 from .profiles import Needs, Profile, get_profile, profile_names
 
 GIB = 2**30
 
-# Instructions that make bfloat16 or float32 arithmetic fast, as Linux names them.
-_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+TORCH = "2.13.0"
+"""The version in constraints.txt."""
+
+BFLOAT16_FIX = (
+    "Take an NVIDIA GPU of Ampere or newer (RTX 30 series, A10, L4, A100 and later). This one trains glm4-nano, and "
+    "GLM-Edge in float32: --profile glm-edge-1.5b --set dtype=float32. In float32 the 9B's recipe would take about "
+    "65 hours on a T4 with QLoRA (an estimate), so it is not offered."
+)
+"""What to do on a GPU that only emulates bfloat16. The hours are arithmetic from the T4's published speed."""
+
+_LAUNCHED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR")
+"""Variables that `accelerate launch` and torchrun set in each process they start."""
 
 CHINESE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
@@ -41,27 +52,36 @@ installed."""
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of NVIDIA or AMD as torch sees it, memory in GiB. Apple's are left out: training does not use them."""
+    """A GPU of NVIDIA or AMD as torch sees it, memory in GiB. Apple's are left out: training does not use them.
+
+    ``bfloat16`` is whether it has bfloat16 in hardware, ``in_build`` whether this torch was built with code for it.
+    """
 
     name: str
     memory_gib: float
     bfloat16: bool
+    in_build: bool = True
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the course may use here. Memory and disk in GiB; a container's limits count, not its host's size."""
+    """What the course may use here. Memory and disk in GiB; a container's limits count, not its host's size.
+
+    ``instructions`` are the widest vector instructions that torch uses on this CPU. ``driver`` is the version of
+    NVIDIA's driver, which may be there although torch can't use it and ``gpus`` is empty.
+    """
 
     system: str
     python: str
     cpu: str
     cores: int
-    cpu_features: tuple[str, ...]
+    instructions: str
     memory_gib: float
     memory_available_gib: float
     disk_free_gib: float
     gpus: tuple[Gpu, ...]
     torch: str | None
+    driver: str | None = None
 
     @property
     def gpu(self) -> Gpu | None:
@@ -117,13 +137,56 @@ def machine(folder: Path | None = None) -> Machine:
         python=platform.python_version(),
         cpu=_cpu_name(),
         cores=_cores(),
-        cpu_features=_cpu_features(),
+        instructions=_instructions(),
         memory_gib=round(min(limit, ram.total) / GIB, 1),
         memory_available_gib=round(min(limit, ram.available) / GIB, 1),
         disk_free_gib=round(shutil.disk_usage(folder or Path.cwd()).free / GIB, 1),
         gpus=_gpus(),
         torch=_version("torch"),
+        driver=_nvidia()[0],
     )
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several. A pod's leftover RANK alone does not count."""
+    return all(name in os.environ for name in _LAUNCHED)
+
+
+def ignore_leftovers() -> None:
+    """Remove LOCAL_RANK, RANK and WORLD_SIZE where no launcher set them: accelerate would wait for other processes."""
+    left = [name for name in _LAUNCHED[:3] if name in os.environ]
+    if left and not launched():
+        for name in left:
+            del os.environ[name]
+        print(f"Ignored {', '.join(left)} in the environment: no launcher started this process.", file=sys.stderr)
+
+
+def use_one_gpu() -> None:
+    """Of several visible GPUs leave this process the first, and say in one line how to use all.
+
+    TRL's trainer takes several GPUs only with a process for each. To be called before CUDA starts; a process that a
+    launcher started keeps all it sees. Raises SettingError where CUDA has already started with several.
+    """
+    import torch
+
+    ignore_leftovers()
+    count = torch.cuda.device_count()
+    if launched() or count < 2:
+        return
+    every = f"accelerate launch --config_file configs/ddp.yaml --num_processes {count} -m glm4_helpers train"
+    variable = "CUDA_VISIBLE_DEVICES"
+    if torch.version.hip and "HIP_VISIBLE_DEVICES" in os.environ:
+        variable = "HIP_VISIBLE_DEVICES"
+    first = os.environ.get(variable, "0").partition(",")[0].strip()
+    if not torch.cuda.is_initialized():
+        os.environ[variable] = first
+        torch.cuda.init()  # from here on the count is the driver's own, which may have read the variable earlier
+    if torch.cuda.device_count() > 1:
+        raise SettingError(
+            f"This process already uses {count} GPUs, and training takes one for each process.",
+            f"Restart it (in a notebook: the kernel) with {variable}={first} in its environment; or use all: {every}",
+        )
+    print(f"{count} GPUs are visible; this process uses one ({variable}={first}). All of them: {every}", flush=True)
 
 
 def needs(profile: Profile) -> Needs:
@@ -202,8 +265,9 @@ def doctor(profile: Profile | None = None) -> Report:
     checks = [
         _python_check(),
         *_package_checks(profile),
-        Check("CPU", True, f"{here.cpu}, {_count(here.cores, 'core')}, {_features_text(here)}"),
+        Check("CPU", True, f"{here.cpu}, {_count(here.cores, 'core')}, {here.instructions}"),
         _gpu_check(here, profile),
+        *_driver_check(here, profile),
         _size_check("memory", here.memory_gib, needs(profile).memory_gib, _MORE_MEMORY),
         _size_check("disk", here.disk_free_gib, needs(profile).disk_gib - _downloaded_gib(profile), _MORE_DISK),
         _font_check(),
@@ -321,27 +385,88 @@ def _profile_check(here: Machine, name: str) -> Check:
 
 def _gpu_check(here: Machine, profile: Profile) -> Check:
     need = needs(profile).gpu_memory_gib
+    texts = [_gpu_text(here.gpus), *map(_bfloat16_text, here.gpus[:1]), _several_text(here.gpus)]
+    found = "; ".join(filter(None, texts))
     if not need:
-        return Check("GPU", True, _gpu_text(here.gpus) if here.gpus else "none, and none is needed")
+        return Check("GPU", True, found or "none, and none is needed")
     if not here.gpus:
-        return Check("GPU", False, f"none that training can use; {need:.0f} GiB needed", _no_gpu_fix())
-    usable = [gpu for gpu in here.gpus if gpu.bfloat16 or profile.quantization]
-    sizes = [gpu.memory_gib for gpu in usable] or [0.0]
-    size = sum(sizes) if profile.lora is None else max(sizes)
-    if not usable:
-        fix = "Take a GPU with bfloat16 (NVIDIA: Ampere or newer): float16 gives NaN on GLM-4."
-        return Check("GPU", False, f"{_gpu_text(here.gpus)}, without bfloat16", fix)
-    if size < need:
+        fix = "Take a machine with a GPU of NVIDIA or AMD (Colab, Kaggle, rented), or glm4-nano, which needs none."
+        found = f"none that training can use; {need:.0f} GiB needed"
+        return Check("GPU", False, found, torch_fix() if here.driver else fix)
+    problem, fix = _gpu_problem(here.gpus[:1] if profile.lora else here.gpus, profile, need)
+    better = [index for index, gpu in enumerate(here.gpus) if not _gpu_problem((gpu,), profile, need)[0]]
+    if problem and better and profile.lora:
+        fix = f"Choose {here.gpus[better[0]].name}: set CUDA_VISIBLE_DEVICES={better[0]}."
+    return Check("GPU", not problem, f"{found}; {problem}" if problem else found, fix)
+
+
+def _gpu_problem(gpus: tuple[Gpu, ...], profile: Profile, need: float) -> tuple[str, str]:
+    """What keeps the profile from these GPUs together, and the fix; both empty where nothing does."""
+    if not all(gpu.bfloat16 for gpu in gpus) and (profile.dtype == "bfloat16" or profile.quantization):
+        return f"{profile.name} computes in bfloat16", BFLOAT16_FIX
+    if sum(gpu.memory_gib for gpu in gpus) < need:
         fix = "Take a larger GPU, or a smaller profile with --profile; training.max_length also lowers the need."
-        return Check("GPU", False, f"{_gpu_text(here.gpus)}; {need:.0f} GiB needed", fix)
-    slow = "" if any(gpu.bfloat16 for gpu in here.gpus) else ", without bfloat16: computes in float32, several times slower"
-    return Check("GPU", True, _gpu_text(here.gpus) + slow)
+        return f"{need:.0f} GiB needed", fix
+    return "", ""
 
 
-def _no_gpu_fix() -> str:
-    if shutil.which("nvidia-smi"):
-        return "There is an NVIDIA driver, but this torch can't use it: install torch for CUDA (pytorch.org)."
-    return "Take a machine with a GPU of NVIDIA or AMD (Colab, Kaggle, rented), or the profile glm4-nano, which needs none."
+def _bfloat16_text(gpu: Gpu) -> str:
+    return "bfloat16 in hardware" if gpu.bfloat16 else "bfloat16 only emulated"
+
+
+def _several_text(gpus: tuple[Gpu, ...]) -> str:
+    if len(gpus) < 2:
+        return ""
+    return "notebooks and `train` use the first, `accelerate launch` uses all (configs/ddp.yaml)"
+
+
+def _driver_check(here: Machine, profile: Profile) -> list[Check]:
+    """What NVIDIA's driver and torch's build make of each other; no check without such a driver."""
+    if here.driver is None:
+        return []
+    index = torch_index(*_nvidia()) or "none, the driver is too old"
+    found = f"NVIDIA {here.driver} (index for torch {TORCH}: {index}), torch {here.torch} {_torch_build()}"
+    unused = not here.gpus or not all(gpu.in_build for gpu in here.gpus)
+    if unused and (here.gpus or needs(profile).gpu_memory_gib):
+        return [Check("driver", False, f"{found}, which can't use the GPU", torch_fix())]
+    return [Check("driver", True, f"{found}, which can't use the GPU; to use it: {torch_fix()}" if unused else found)]
+
+
+def _torch_build() -> str:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return "(not there)"
+    return f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
+
+
+def unused_nvidia_gpu() -> bool:
+    """Whether NVIDIA's driver names a GPU that torch doesn't see, without being told not to."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return not hidden and not torch.cuda.is_available() and bool(_nvidia()[1])
+
+
+def torch_index(driver: str, capabilities: tuple[float, ...] = ()) -> str | None:
+    """The index of torch 2.13's builds that fits driver and cards; None where the driver is too old for both.
+
+    cu130 takes cards from Turing (7.5) on and needs driver 580, cu126 takes those before Blackwell (10.0) and runs from
+    525 on. Sources: NVIDIA's table of CUDA's minor version compatibility, PyTorch's RELEASE.md.
+    """
+    number = int(driver.partition(".")[0])
+    if number >= 580 and min(capabilities, default=7.5) >= 7.5:
+        return "cu130"
+    return "cu126" if number >= 525 and max(capabilities, default=0.0) < 10 else None
+
+
+def torch_fix() -> str:
+    """The pip line for the torch that can use NVIDIA's driver and cards here."""
+    driver, capabilities = _nvidia()
+    index = torch_index(driver, capabilities) if driver else "cu130"
+    if index is None:
+        return f"Update NVIDIA's driver {driver} to 580 or newer: torch {TORCH} has no build for it and these cards."
+    return f"python -m pip install torch=={TORCH}+{index} --index-url https://download.pytorch.org/whl/{index}"
 
 
 def _size_check(name: str, found: float, needed: float, fix: str) -> Check:
@@ -430,17 +555,42 @@ def _gpus() -> tuple[Gpu, ...]:
     except (ImportError, OSError):
         return ()
     if torch.cuda.is_available():
-        return tuple(_cuda_gpu(index) for index in range(torch.cuda.device_count()))
+        return tuple(cuda_gpu(index) for index in range(torch.cuda.device_count()))
     return ()
 
 
-def _cuda_gpu(index: int) -> Gpu:
+def cuda_gpu(index: int) -> Gpu:
+    """The GPU with this number among those visible to torch."""
     import torch
 
     properties = torch.cuda.get_device_properties(index)
-    # Capability 8.0 is Ampere, the first with bfloat16 in hardware; on ROCm the number means something else.
-    bfloat16 = bool(torch.version.hip) or (properties.major, properties.minor) >= (8, 0)
-    return Gpu(properties.name, round(properties.total_memory / GIB, 1), bfloat16)
+    # Capability 8.0 is Ampere, the first with bfloat16 in hardware; on ROCm the numbers mean something else.
+    amd = bool(torch.version.hip)
+    return Gpu(
+        properties.name,
+        round(properties.total_memory / GIB, 1),
+        amd or properties.major >= 8,
+        amd or _in_build(10 * properties.major + properties.minor, torch.cuda.get_arch_list()),
+    )
+
+
+def _in_build(capability: int, built: list[str]) -> bool:
+    """Whether a build has code for a card: sm_86 also runs on 8.9, compute_90 (PTX) on all that came later."""
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built)):
+        same = kind == "compute" or int(number) // 10 == capability // 10
+        if same and int(number) <= capability:
+            return True
+    return False
+
+
+def _nvidia() -> tuple[str | None, tuple[float, ...]]:
+    """The version of NVIDIA's driver, or None, and the compute capability of each card where the driver tells."""
+    told = _output_of("nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader")
+    rows = re.findall(r"^([\d.]+), ([\d.]+)$", told, re.MULTILINE)
+    if rows:
+        return rows[0][0], tuple(float(capability) for _, capability in rows)
+    version = re.search(r"\d{3,}\.[\d.]+", _text("/proc/driver/nvidia/version"))
+    return version and version[0], ()
 
 
 def _cpu_name() -> str:
@@ -449,22 +599,12 @@ def _cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
 
 
-def _cpu_features() -> tuple[str, ...]:
-    """Those of ``_CPU_FEATURES`` that this CPU has; empty where the system doesn't tell (Windows)."""
-    if sys.platform == "darwin":
-        present = {
-            name
-            for name, key in (("asimd", "hw.optional.AdvSIMD"), ("bf16", "hw.optional.arm.FEAT_BF16"),
-                              ("avx2", "hw.optional.avx2_0"), ("avx512f", "hw.optional.avx512f"))
-            if _output_of("sysctl", "-n", key) == "1"
-        }  # fmt: skip
-    else:
-        present = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return tuple(name for name in _CPU_FEATURES if name in present)
-
-
-def _features_text(here: Machine) -> str:
-    return " ".join(here.cpu_features) or "features unknown"
+def _instructions() -> str:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return "instructions unknown"
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _cpuinfo(key: str) -> str:

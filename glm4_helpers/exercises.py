@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .environment import use_one_gpu
 from .errors import show_errors_plainly
 from .paths import outputs_dir
 
@@ -68,16 +69,17 @@ def attempted(value: Any) -> bool:
 
 
 def prepare_notebook() -> None:
-    """Show the course's own errors with their fix, and keep loading bars and messages nobody can act on out of sight.
+    """Use one GPU of several, show the course's own errors with their fix, and hide messages nobody can act on.
 
-    The trainer's progress stays. Errors and warnings of the libraries stay too, but for these: bitsandbytes on a kernel
-    that no CPU profile uses, DeepSpeed on a CPU that it finds no GPU beside, and PEFT 0.21 and TRL 1.16 using a name
-    that transformers 5.23 has changed.
+    Loading bars go, the trainer's progress stays. Errors and warnings of the libraries stay too, but for these:
+    bitsandbytes on a kernel that no CPU profile uses, DeepSpeed on a CPU that it finds no GPU beside, and PEFT 0.21 and
+    TRL 1.16 using a name that transformers 5.23 has changed. Raises SettingError after `environment.use_one_gpu`.
     """
     import datasets
     import transformers
 
     show_errors_plainly()
+    use_one_gpu()  # before anything starts CUDA
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -93,9 +95,17 @@ def write_metrics(notebook: str, figures: Mapping[str, float | int | str]) -> Pa
     return file
 
 
+def _stub(_):
+    """Does nothing in all the ways that count as not attempted."""
+    ...
+    pass
+    return ...
+
+
 def _does_nothing(function: types.FunctionType) -> bool:
-    """Whether a function only returns None or ``...``, whatever its arguments are."""
-    harmless = {"RESUME", "NOP", "CACHE", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE"}
+    """Whether a function only returns None or ``...``: it has no other instructions than this Python gives `_stub`."""
+    stubs = [instruction for stub in (_stub, lambda: None) for instruction in dis.get_instructions(stub)]
     instructions = list(dis.get_instructions(function))
-    constants = [item.argval for item in instructions if item.opname in ("LOAD_CONST", "RETURN_CONST")]
+    constants = [item.argval for item in instructions if item.opcode in dis.hasconst]
+    harmless = {item.opname for item in stubs}
     return {item.opname for item in instructions} <= harmless and all(item in (None, ...) for item in constants)

@@ -10,31 +10,28 @@ import importlib.util
 import json
 import os
 import re
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GlmConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from . import chat_format
+from . import chat_format, environment
 from .errors import MachineError, ModelError, SettingError
 from .paths import home
 from .profiles import Profile
@@ -74,16 +71,16 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The base model in `base_folder(profile)`, in evaluation mode, with sdpa attention and the three stop ids.
 
-    `dtype` None takes the profile's; "auto" is `faster_dtype()`. `device` None is this process's GPU where there is
-    one, else the CPU. Raises ModelError where weights are absent, partly there or damaged, MachineError for a GPU
-    without bfloat16.
+    `dtype` None takes the profile's; `resolve_dtype` says what "auto" means. `device` None is this process's GPU where
+    there is one, else the CPU. Raises ModelError where weights are absent, partly there or damaged, MachineError
+    after `check_gpu`.
     """
+    if device is None or torch.device(device).type == "cuda":
+        check_gpu(profile, dtype)
     folder = base_folder(profile)
     check_weights(folder, profile)
     device = torch.device(device) if device is not None else default_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype or profile.dtype)}
-    if device.type == "cuda":
-        _refuse_float16_gpu(profile, options["dtype"])
     if profile.quantization is not None:
         options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -107,98 +104,89 @@ def default_device() -> torch.device:
     """This process's GPU where there is one (LOCAL_RANK among several), else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if environment.launched() else 0)
 
 
 def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put the three stop ids and the padding id on the model's config and generation config.
-
-    To be called again after a Trainer was built: it aligns both with the tokenizer, which knows one eos only.
-    """
+    """Put the three stop ids and the padding id on the model's config and generation config; a Trainer keeps them."""
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = chat_format.stop_ids(tokenizer)
         settings.pad_token_id = tokenizer.pad_token_id
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a name such as "bfloat16"; "auto" is `faster_dtype()`. Raises SettingError for other names."""
+    """The torch dtype of a name such as "bfloat16". Raises SettingError for names that are none.
+
+    "auto" is bfloat16 on a GPU that has it in hardware and float32 everywhere else, so that the same machine always
+    computes in the same dtype. `dtype_reason` says it in words.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return faster_dtype()
+        return torch.bfloat16 if native_bfloat16() else torch.float32
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise SettingError(f"{dtype!r} is not a dtype for weights.", 'Use "auto", "float32" or "bfloat16".')
     return found
 
 
-@cache
-def faster_dtype() -> torch.dtype:
-    """bfloat16 where it trains faster than float32 on this machine, else float32.
+def dtype_reason(dtype: str | torch.dtype) -> str:
+    """What `resolve_dtype` gives and why, such as "float32: this GPU (Tesla T4) only emulates bfloat16"."""
+    name = str(resolve_dtype(dtype)).removeprefix("torch.")
+    if dtype != "auto":
+        return f"{name}: as set"
+    if not torch.cuda.is_available():
+        return f"{name}: computed on the CPU"
+    what = "has bfloat16 in hardware" if native_bfloat16() else "only emulates bfloat16"
+    return f"{name}: this GPU ({torch.cuda.get_device_name()}) {what}"
 
-    GPUs answer for themselves. A CPU without bf16 instructions gets float32; one with them is timed on a small
-    training step (about two seconds), and bfloat16 must win by a tenth. On a busy machine the choice may differ from
-    run to run: whatever has to be repeated exactly should keep the dtype it started with.
+
+def native_bfloat16() -> bool:
+    """Whether there is a GPU and it has bfloat16 in hardware: NVIDIA's from Ampere on, AMD's.
+
+    A T4 or V100 emulates it, several times slower than float32. Autocast in bfloat16 pays only where this is true.
     """
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if not cpu_has_bf16():
-        return torch.float32
-    seconds = _step_seconds(torch.float32, torch.bfloat16)
-    return torch.bfloat16 if seconds[torch.bfloat16] * 1.1 < seconds[torch.float32] else torch.float32
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AMX, AVX-512 or ARM), as torch or the kernel names it."""
-    known = {"amx_bf16", "avx512_bf16", "sve_bf16", "svebf16", "bf16"}
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.6, the oldest allowed, has no such function
-        return any(found for name, found in torch.cpu.get_capabilities().items() if name in known)
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and not known.isdisjoint(flags.read_text(encoding="utf-8").split())
+def check_gpu(profile: Profile, dtype: str | torch.dtype | None = None) -> None:
+    """Raise MachineError where there is a GPU and it can't compute for the profile; nothing is loaded.
 
-
-def _step_seconds(*dtypes: torch.dtype, budget: float = 2.0) -> dict[torch.dtype, float]:
-    """Seconds of the fastest training step (512 tokens) of a small GLM in each dtype.
-
-    The dtypes take turns, so that what else the machine does meets all of them, for `budget` seconds, three turns at
-    least and twelve at most.
+    Either this torch can't use it (a build for the CPU, for a newer driver or for other cards), or weights in bfloat16
+    (`dtype` None: the profile's) or 4 bits are asked of a GPU that only emulates bfloat16.
     """
-    config = GlmConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, pad_token_id=0, eos_token_id=[1],
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        ids = torch.randint(0, 512, (8, 64))
-        timed = {dtype: AutoModelForCausalLM.from_config(config, dtype=dtype).train() for dtype in dtypes}
-        start, steps = time.perf_counter(), []
-        while len(steps) < 3 or (len(steps) < 12 and time.perf_counter() - start < budget):
-            steps.append({dtype: _timed_step(model, ids) for dtype, model in timed.items()})
-    return {dtype: min(step[dtype] for step in steps) for dtype in dtypes}
-
-
-def _timed_step(model: nn.Module, ids: torch.Tensor) -> float:
-    start = time.perf_counter()
-    model(input_ids=ids, labels=ids).loss.backward()
-    return time.perf_counter() - start
+    needs_bfloat16 = profile.quantization is not None or resolve_dtype(dtype or profile.dtype) == torch.bfloat16
+    if not torch.cuda.is_available():
+        if needs_bfloat16 and environment.unused_nvidia_gpu():
+            raise MachineError(
+                f"There is an NVIDIA GPU, and torch {torch.__version__} can't use it.",
+                f"{environment.torch_fix()}   (or choose the CPU: set CUDA_VISIBLE_DEVICES to nothing)",
+            )
+        return
+    card = environment.cuda_gpu(default_device().index or 0)
+    if not card.in_build:
+        raise MachineError(
+            f"torch {torch.__version__} was built without code for this GPU ({card.name}).", environment.torch_fix()
+        )
+    if needs_bfloat16 and not native_bfloat16():
+        raise MachineError(
+            f"{profile.name} computes in bfloat16, which this GPU ({card.name}) only emulates; "
+            "float16 gives NaN on GLM-4.",
+            environment.BFLOAT16_FIX,
+        )
 
 
 def _quantization(profile: Profile) -> BitsAndBytesConfig:
-    """QLoRA's 4-bit settings: NF4, double quantization, arithmetic in bfloat16 (fp16 gives NaN in GLM-4).
-
-    A GPU without bfloat16 computes in float32, which is several times slower.
-    """
+    """QLoRA's 4-bit settings: NF4, double quantization, arithmetic in bfloat16 (fp16 gives NaN in GLM-4)."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
             f"The profile {profile.name} needs the package bitsandbytes for its {profile.quantization} weights.",
             'Run: python -m pip install -e ".[bitsandbytes]"',
         )
-    dtype = torch.bfloat16 if _computes_bfloat16() else torch.float32
-    if dtype == torch.float32:
-        warnings.warn("This GPU has no bfloat16: computing in float32, which is several times slower.", stacklevel=3)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=profile.quantization,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
     )
 
@@ -221,20 +209,6 @@ def _close_files(model: nn.Module) -> None:
     for weight in model.parameters():
         if weight.dtype.is_floating_point:  # 4-bit ones are bytes
             weight.data = weight.data.clone()
-
-
-def _computes_bfloat16() -> bool:
-    """Whether what the model runs on has bfloat16 of its own: every CPU, and GPUs from NVIDIA's Ampere on."""
-    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _refuse_float16_gpu(profile: Profile, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and profile.quantization is None and not _computes_bfloat16():
-        raise MachineError(
-            f"{profile.name} computes in bfloat16, which this GPU ({torch.cuda.get_device_name()}) does not have; "
-            "float16 gives NaN on GLM-4.",
-            "Take a GPU with bfloat16 (NVIDIA: Ampere or newer), or --profile glm-4-9b-qlora, which then computes in float32.",
-        )
 
 
 # Files of a base model
@@ -292,12 +266,17 @@ def base_fingerprint(folder: Path) -> str:
     """A short digest that changes with a model's shape or weights: config, file headers and samples of the data.
 
     Reads about 64 KB a file, so it takes no time for 9B either. Settings that don't change the weights (versions,
-    stop ids) stay out. Raises OSError for a folder without a model.
+    stop ids) stay out, and it is the same whether transformers 4 or 5 wrote the config. Raises OSError for a folder
+    without a model.
     """
     digest = hashlib.sha256()
     config = _read_json(folder / "config.json", "Get the file again.")
     volatile = ("transformers_version", "_name_or_path", "eos_token_id", "pad_token_id", "use_cache", "dtype")
     kept = {key: value for key, value in config.items() if key not in (*volatile, "torch_dtype")}
+    kept.setdefault("bos_token_id", None)  # transformers 5 writes it where 4 leaves it out
+    rope = {"rope_type": "default", **(kept.pop("rope_scaling", None) or {})}  # 4 writes the parts of rope_parameters
+    rope |= {key: kept.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in kept}
+    kept["rope_parameters"] = rope | (kept.get("rope_parameters") or {})
     digest.update(json.dumps(kept, sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(_sampled(file))
@@ -318,21 +297,14 @@ def _sampled(file: Path, samples: int = 16, block: int = 4096) -> bytes:
 
 def _damage(file: Path) -> str | None:
     """What is wrong with a safetensors file, judged by its header and size; None when it is whole."""
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if start.startswith(b"version "):
+        if stream.read(8) == b"version ":
             return "is a Git LFS pointer, not weights"
-        if size < 8 or length > size:
-            return "is not a complete safetensors file"
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return "is not a safetensors file"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    return None if size == expected else f"has {size:,} bytes where {expected:,} are expected"
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except SafetensorError as error:
+        return f"is damaged or incomplete ({error})"
 
 
 def _require_files(folder: Path, names: Iterable[str], profile: Profile) -> None:

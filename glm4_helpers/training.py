@@ -124,6 +124,7 @@ def train(
     little memory or disk space.
     """
     join_processes()
+    models.check_gpu(profile)
     tracking.check_mode(tracking_mode)
     output = _output(profile, output_dir)
     work = output / CHECKPOINTS
@@ -136,11 +137,12 @@ def train(
         rows = _rows(profile, tokenizer, *conversations)  # before anything of an earlier run is removed
         _check_rows(profile, rows)
         require_room(profile, output, rows.lengths, PartialState().num_processes, launched_zero_stage())
+        dtype = models.dtype_reason(profile.dtype)
         profile = shared(lambda: with_dtype(profile, unfinished_run(work) if resume else None))
         facts = run_facts(profile, *conversations)
         start = shared(lambda: find_start(work, facts, resume))
         say(f"Going on from {shown(start.checkpoint)}." if start.checkpoint else "")
-        say(f"Computing in {profile.dtype} on {models.default_device().type}.")
+        say(f"Computing in {dtype if dtype.startswith(profile.dtype) else f'{profile.dtype}, as the interrupted run did'}.")
         say(dev_note(profile, *conversations))
         try:
             return _train(profile, output, tokenizer, rows, facts, start, tracking_mode, callbacks)
@@ -313,7 +315,7 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
         dataset_kwargs={"skip_prepare_dataset": True},
         # Autocast pays where bfloat16 is native. A CPU would convert the weights again in every layer, and an older GPU
         # would emulate it, slower than float32.
-        bf16=on_gpu and dtype == torch.bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False),
+        bf16=on_gpu and dtype == torch.bfloat16 and models.native_bfloat16(),
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,  # every LoRA matrix is used in every step

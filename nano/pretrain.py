@@ -21,7 +21,6 @@ from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrained
 from glm4_helpers.chat_format import stop_ids
 from glm4_helpers.errors import MachineError, ModelError
 from glm4_helpers.export import save_tokenizer
-from glm4_helpers.models import cpu_has_bf16
 from glm4_helpers.tokenizer_building import glm4_tokenizer
 
 
@@ -161,13 +160,15 @@ def pretrain(
         first, seconds_before, curve = load_checkpoint(checkpoint, model, training, made_from)
         seconds = seconds_before
     forward = torch.compile(model) if compile_model else model
+    cpu = torch.cpu.get_capabilities()
+    in_hardware = any(cpu.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "svebf16", "bf16"))
     started, recent = time.monotonic(), []
     for step in range(first, len(order)):
         for optimizer in training:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate_factor(step, len(order), settings)
         batch = blocks[order[step]].long()
-        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_hardware):
             loss = forward(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -21,6 +21,11 @@ def return_dots():
     return ...
 
 
+def dots_then_pass(one, *others, key=2, **more):
+    ...
+    pass
+
+
 def upper(text):
     return text.upper()
 
@@ -30,7 +35,8 @@ def zero():
 
 
 @pytest.mark.parametrize(
-    "value", [..., [1, ...], {"rank": ..., "alpha": 2}, ((1, ...),), do_nothing, pass_only, return_dots, lambda x: ...]
+    "value",
+    [..., [1, ...], {"rank": ..., "alpha": 2}, ((1, ...),), do_nothing, pass_only, return_dots, dots_then_pass, lambda x: ...],
 )
 def test_dots_are_not_attempted_and_the_test_is_not_run(value):
     def never(_):

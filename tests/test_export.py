@@ -315,7 +315,7 @@ def test_an_adapter_of_the_wrong_shape_is_refused_before_anything_is_written(cou
 def test_a_short_base_shard_is_refused(course):
     file = sorted((course / "weights" / "glm4-nano").glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ModelError, match="bytes where"):
+    with pytest.raises(ModelError, match="is damaged or incomplete"):
         export.export(get_profile("glm4-nano"), course / "adapter", course / "merged")
 
 

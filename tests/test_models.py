@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from glm4_helpers import models
+from datasets import Dataset
+from glm4_helpers import models, training
 from glm4_helpers.chat_format import stop_ids
 from glm4_helpers.errors import ModelError, SettingError
 from glm4_helpers.generation import answers
@@ -13,9 +15,10 @@ from glm4_helpers.profiles import get_profile
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
-from transformers import Glm4Config, GlmConfig
+from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj")
+ROOT = Path(__file__).parent.parent
 QUESTION = [[{"role": "user", "content": "你好"}]]
 
 
@@ -77,18 +80,28 @@ def test_sampling_defaults_of_a_chat_model_raise_no_warning(profile, tmp_path, c
     assert caplog.records == []
 
 
-def test_stop_ids_come_back_after_a_trainer_made_them_one(profile):
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_three_stop_ids_survive_a_trainer(profile, tmp_path, lora):
+    """Set once when the model is loaded: building a trainer, training and saving leave them."""
     model, tokenizer = models.load_base_model(profile, "float32"), models.load_tokenizer(profile)
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    models.set_stop_ids(model, tokenizer)
     expected = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == expected
-    assert model.generation_config.pad_token_id == expected[0]
+    steps = {} if lora else {"lora": None}
+    settings = {"training.epochs": 1, "training.per_device_batch_size": 2, "training.evaluations_per_run": 1}
+    small = get_profile("glm4-nano", base_model="weights/tiny", **settings, **steps)
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, expected[0]]}] * 4)
+    trainer = training.build_trainer(model, tokenizer, rows, rows, small, tmp_path / "run")
+    assert stop_ids_of(trainer.model) == expected
+    trainer.train()
+    assert stop_ids_of(trainer.model) == expected
+    trainer.save_model(str(tmp_path / "saved"))
+    if not lora:
+        assert stop_ids_of(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == expected
+    assert trainer.model.generation_config.pad_token_id == expected[0]
 
 
-def test_the_faster_dtype_is_one_that_glm_can_use():
-    assert models.faster_dtype() in (torch.float32, torch.bfloat16)
-    assert models.resolve_dtype("auto") == models.faster_dtype()
+def stop_ids_of(model):
+    assert model.config.eos_token_id == model.generation_config.eos_token_id
+    return model.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize("name", ["int8", "bf16", "load"])
@@ -115,7 +128,19 @@ def damage_no_weights(folder):
 def damage_cut_weights(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
-    return "bytes where"
+    return "is damaged or incomplete"
+
+
+def damage_longer_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content + bytes(8))
+    return "is damaged or incomplete"
+
+
+def damage_header_of_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:8] + b"}" + content[9:])
+    return "is damaged or incomplete"
 
 
 def damage_lfs_pointer(folder):
@@ -132,7 +157,7 @@ def damage_missing_shard(folder):
 
 def damage_empty_weights(folder):
     (folder / "model.safetensors").write_bytes(b"")
-    return "not a complete safetensors"
+    return "is damaged or incomplete"
 
 
 def damage_index_not_json(folder):
@@ -195,6 +220,35 @@ def test_the_fingerprint_changes_with_weights_and_shape_only(profile, tmp_path):
     assert models.base_fingerprint(folder) != first
 
 
+def as_transformers_4_writes_it(config):
+    """rope_parameters in parts, the dtype by its older name, and no bos_token_id where there is none."""
+    rope = config["rope_parameters"]
+    kept = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "bos_token_id")}
+    parts = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")} | {"rope_scaling": None}
+    return kept | parts | {"torch_dtype": config["dtype"], "transformers_version": "4.57.0"}
+
+
+def test_the_fingerprint_is_the_same_whichever_transformers_wrote_the_config(profile, tmp_path):
+    """The old keys may also lie beside the new ones. Another rotary base or share is another model."""
+    folder = tmp_path / "weights" / "tiny"
+    config = json.loads((folder / "config.json").read_text())
+    first = models.base_fingerprint(folder)
+
+    def after(changed):
+        (folder / "config.json").write_text(json.dumps(changed))
+        return models.base_fingerprint(folder)
+
+    older = as_transformers_4_writes_it(config)
+    assert after(older) == after({**older, **config}) == first
+    assert after(older | {"rope_theta": 500000.0}) != first
+    assert after(older | {"partial_rotary_factor": 1.0}) != first
+    assert after(older | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}) != first
+
+
+def test_the_fingerprint_of_nano_is_that_of_adapters_made_before():
+    assert models.base_fingerprint(ROOT / "weights" / "glm4-nano") == "edf48fbe2b9ebdd8"
+
+
 # Adapters
 
 
@@ -238,7 +292,7 @@ def test_an_absent_adapter_is_refused(profile, tmp_path):
 def test_an_adapter_cut_in_writing_is_refused(profile, adapter):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    refused(profile, adapter, "bytes where")
+    refused(profile, adapter, "is damaged or incomplete")
 
 
 def test_an_adapter_that_was_never_trained_is_refused(profile, tmp_path):

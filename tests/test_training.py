@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback
 
 from conftest import ROOT
@@ -25,7 +24,6 @@ from glm4_helpers import chat_format, datasets, models, training
 from glm4_helpers.errors import DataError, MachineError, ModelError, SettingError
 from glm4_helpers.profiles import get_profile
 from glm4_helpers.runs.checkpoints import MARKER, checkpoint_folders, is_complete
-from glm4_helpers.runs.processes import join_processes
 from glm4_helpers.runs.provenance import as_trained
 from glm4_helpers.runs.rows import dev_note, train_and_dev
 from test_tracking import scalars
@@ -119,17 +117,6 @@ def test_autocast_needs_native_bfloat16(card, native, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     assert training.sft_config(get_profile("glm-4-9b-lora"), tmp_path, torch.bfloat16).bf16 is native
     assert training.sft_config(get_profile("glm4-nano"), tmp_path, torch.float32).bf16 is False
-
-
-def test_several_gpus_without_a_launcher_are_refused_before_anything_is_loaded(home, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(models, "check_weights", lambda *_: pytest.fail("weights were looked at"))
-    for act in (training.train, training.train_or_load):
-        with pytest.raises(SettingError, match="2 GPUs are visible") as error:
-            act(quick(), tracking_mode="disabled")
-        assert "CUDA_VISIBLE_DEVICES=0" in error.value.fix and "accelerate launch --num_processes 2" in error.value.fix
-    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_GPU)
-    join_processes()  # as a launcher's process, which has a GPU to itself
 
 
 def test_nano_trains_without_padding_where_a_batch_has_several_rows(tmp_path):

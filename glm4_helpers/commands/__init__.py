@@ -113,9 +113,7 @@ def parse_setting(pair: str) -> tuple[str, Any]:
 
 
 def show(arguments: argparse.Namespace, figures: Any, text: str) -> None:
-    """Print ``figures`` as JSON where --json was given, else ``text``; of several processes only the first prints."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """Print ``figures`` as JSON where --json was given, else ``text``."""
     if arguments.json:
         print(json.dumps(figures, ensure_ascii=False, indent=2), file=arguments.figures_to)
     else:

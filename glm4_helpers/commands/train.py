@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         resume=not arguments.no_resume,
         tracking_mode=arguments.tracking,
     )
-    show(arguments, figures(result), summary(result))
+    if PartialState().is_main_process:
+        show(arguments, figures(result), summary(result))
     # Left open, its threads can abort a process that is already done ("terminate called without an active exception").
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..environment import use_one_gpu
 from ..errors import SettingError
 from ..paths import shown
 
@@ -18,17 +19,10 @@ from ..paths import shown
 def join_processes() -> None:
     """Meet the other processes of `accelerate launch`. On a CPU each takes itself for the only one unless told so.
 
-    Raises SettingError for several visible GPUs without a launcher: the trainer would divide each batch among them with
-    DataParallel, which TRL refuses only after the model is loaded.
+    Of several visible GPUs a process without a launcher keeps one, see `use_one_gpu`, which may raise SettingError.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
-    count = torch.cuda.device_count()
-    if count > 1 and state.distributed_type == DistributedType.NO:
-        raise SettingError(
-            f"{count} GPUs are visible, and a process trains on one.",
-            "Show it one: put CUDA_VISIBLE_DEVICES=0 before the command, or set it at the top of the notebook, before "
-            f"torch is imported. Or use all: accelerate launch --num_processes {count} -m glm4_helpers train ...",
-        )
+    use_one_gpu()
+    PartialState(cpu=not torch.cuda.is_available())
 
 
 def say(text: str) -> None:
