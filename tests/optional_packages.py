@@ -21,7 +21,7 @@ def python_path(package):
     if (APART / package).is_dir():
         return os.pathsep.join([*paths, str(APART)])
     if importlib.util.find_spec(package) is None:
-        _absent(f"{package} is not installed; .ci/install puts it into {APART}")
+        absent(f"{package} is not installed; .ci/install puts it into {APART}")
     return os.pathsep.join(paths)
 
 
@@ -31,8 +31,9 @@ def import_from_lm_eval(module, monkeypatch):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        return _absent(f'{error.name} is not installed: python -m pip install -e ".[evaluation]"')
+        return absent(f'{error.name} is not installed: python -m pip install -e ".[evaluation]"')
 
 
-def _absent(reason):
+def absent(reason):
+    """Fail in CI, skip elsewhere."""
     (pytest.fail if os.environ.get("GLM4_REQUIRE_PACKAGES") == "1" else pytest.skip)(reason)
