@@ -1,11 +1,13 @@
 """The notebooks: fit to be committed, made as the course makes them, each running alone, and each cell twice."""
 
 import copy
+import io
 import json
 import re
 import shutil
 import socket
 import statistics
+import sys
 from pathlib import Path
 
 import nbformat
@@ -321,11 +323,38 @@ def test_runner_says_which_cell_failed_and_keeps_the_committed_notebook(empty_co
     assert path.read_bytes() == committed
 
 
+SLOW_CELLS = ("1 + 1", "import time; time.sleep(1.5)")
+
+
 def test_runner_is_never_silent_for_long(empty_course, capsys, monkeypatch):
-    monkeypatch.setattr(course, "HEARTBEAT_SECONDS", 0.2)
-    a_notebook(empty_course, "1 + 1", "import time; time.sleep(1)")
+    monkeypatch.setattr(course, "LINE_SECONDS", 0.5)
+    path = a_notebook(empty_course, *SLOW_CELLS)
+    notebook = read(path)
+    notebook.cells.insert(1, nbformat.v4.new_markdown_cell("## 4.4 Train\n\nNow the training."))
+    nbformat.write(notebook, path)
     assert command_line.main(["course"]) == 0
-    assert "code cell 2 of 2:" in capsys.readouterr().out
+    assert 1 <= capsys.readouterr().out.count("  code cell 2 of 2, 4.4 Train: ") <= 3
+
+
+def test_runner_writes_few_lines_into_a_log(empty_course, capsys):
+    a_notebook(empty_course, *SLOW_CELLS)
+    assert course.LINE_SECONDS >= 60
+    assert command_line.main(["course"]) == 0
+    assert "code cell" not in capsys.readouterr().out
+
+
+def test_runner_shows_one_changing_line_in_a_terminal(empty_course, monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    a_notebook(empty_course, *SLOW_CELLS)
+    assert command_line.main(["course"]) == 0
+    line = next(line for line in terminal.getvalue().split("\n") if "code cell 2 of 2" in line)
+    *beats, last = line.split("\r")
+    assert {beat.strip() for beat in beats} >= {f"code cell 2 of 2, the beginning: {seconds} s" for seconds in (0, 1)}
+    assert last.split()[1] == "s"  # the notebook's own seconds, on the line that was cleared
 
 
 def test_runner_names_the_numbers_there_are(empty_course):
