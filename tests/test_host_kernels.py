@@ -38,7 +38,7 @@ def host(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     subprocess.run([python_of(version), "-m", "venv", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
     brings = [f"torch=={TORCH}", "numpy<2.4", "pandas<3", "ipykernel<7", "ipywidgets==7.7.1"]
     subprocess.run([*pip, *brings], check=True)
     packages = next((folder / "venv" / "lib").glob("python*/site-packages"))
@@ -96,7 +96,7 @@ def test_notebooks_install_and_run_and_torch_stays(host):
 
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", "the course"], cwd=work, check=True)
     clone = work / "the course"
-    write_few_rows(clone / "data")
+    write_few_rows(clone / "data", train=480, others=16)
     torch, widgets = files(packages, "torch"), files(packages, "ipywidgets")
     for notebook in (setup, comparison):
         run(host, notebook)

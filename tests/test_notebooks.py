@@ -3,10 +3,12 @@
 import copy
 import io
 import json
+import os
 import re
 import shutil
 import socket
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from glm4_helpers import __main__ as command_line
 from glm4_helpers.commands import course
+from glm4_helpers.datasets import read_rows
 from glm4_helpers.errors import CourseError, SettingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,11 +201,11 @@ def small_course(tmp_path_factory):
     return make
 
 
-def write_few_rows(folder: Path) -> None:
+def write_few_rows(folder: Path, train: int = 960, others: int = 40) -> None:
     for source in sorted((ROOT / "data").rglob("*.json")):
         rows = json.loads(source.read_text(encoding="utf-8"))
         # Steps through the file, so that every kind of row is there.
-        kept = rows[:: max(1, len(rows) // (960 if source.name == "train.json" else 40))]
+        kept = rows[:: max(1, len(rows) // (train if source.name == "train.json" else others))]
         target = folder / source.relative_to(ROOT / "data")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
@@ -271,6 +274,34 @@ def test_solutions_pass_the_checks(name, alone, monkeypatch):
     notebook, _ = execute(home, f"solutions/{name}", monkeypatch)
     assert printed(notebook).count(MARKS["right"]) == 3
     assert MARKS["wrong"] not in printed(notebook)
+
+
+@pytest.fixture(scope="module", params=[("zh_CN", "GBK"), ("en_US", "ISO-8859-1")], ids=lambda locale: locale[1])
+def other_encoding(request, tmp_path_factory):
+    """Variables of a locale whose encoding is not UTF-8, as on Windows in Chinese and in Western Europe."""
+    language, encoding = request.param
+    if not shutil.which("localedef"):
+        pytest.skip("localedef is not installed: no such locale can be made")
+    folder = tmp_path_factory.mktemp("locales")
+    name = f"{language}.{encoding}"
+    made = subprocess.run(["localedef", "-i", language, "-f", encoding, folder / name], capture_output=True, text=True)
+    variables = os.environ | {"LOCPATH": str(folder), "LC_ALL": name, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    variables.pop("PYTHONIOENCODING", None)
+    ask = [sys.executable, "-c", "import locale; print(locale.getpreferredencoding())"]
+    found = subprocess.run(ask, env=variables, capture_output=True, text=True).stdout.strip()
+    if found != encoding:
+        pytest.skip(f"the locale {name} could not be made: {made.stderr.strip()}")
+    return variables
+
+
+@pytest.mark.slow
+def test_files_are_utf8_whatever_the_system_prefers(other_encoding, small_course):
+    home = small_course("another encoding")
+    command = [sys.executable, "-m", "glm4_helpers", "course", "--only", "03"]
+    variables = other_encoding | {"GLM4_HOME": str(home)}
+    finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, encoding="utf-8", timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert read_rows(home / "outputs" / "03_dataset_and_chat_template" / "mine.json")[1]["output"] == "早上好"
 
 
 # The runner
