@@ -1,6 +1,6 @@
 """The whole course in one file: fine-tune glm4-nano with LoRA, and compare its answers before and after.
 
-Only Transformers, PEFT and TRL, nothing of glm4_helpers. Read it from top to bottom, then put in your own model and rows.
+Transformers, PEFT and TRL only, no glm4_helpers. Read it from top to bottom, then put in your own model and rows.
 
     python notebooks/one_file.py                        about seven minutes on a CPU
     python notebooks/one_file.py --rows 40 --steps 60   a short try
@@ -29,6 +29,7 @@ STOPS = (END, "<|user|>", "<|observation|>")  # any of these ends an answer
 
 # Rows and messages
 
+
 def read(name, limit):
     """The rows of data/NAME.json, or `limit` of them, spread over the file so that every kind of row is there."""
     rows = json.loads((ROOT / "data" / f"{name}.json").read_text(encoding="utf-8"))
@@ -45,6 +46,7 @@ def to_messages(row):
 
 
 # The chat format: [gMASK]<sop>, then for each turn <|role|>, a newline and the content
+
 
 def encode(tokenizer, messages):
     """Token ids, and labels that say which of them are learned: every answer with its newline and its end.
@@ -68,26 +70,24 @@ def encode(tokenizer, messages):
 
 # Answers and what is right
 
-@torch.no_grad()
+
 def answer(model, tokenizer, rows, batch_size=16):
     """The greedy answer to each row, with whether a stop token ended it within 64 tokens (200 for a long reference)."""
-    model.eval()
-    stops = tokenizer.convert_tokens_to_ids(STOPS)
-    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    stops, assistant = map(tokenizer.convert_tokens_to_ids, (STOPS, "<|assistant|>"))
     prompts = [[*encode(tokenizer, to_messages(row)[:-1])["input_ids"], assistant] for row in rows]
-    long = [len(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) > 48 for row in rows]
-    order, given = sorted(range(len(rows)), key=lambda index: (long[index], len(prompts[index]))), {}
-    for limit, chosen in ((64, [i for i in order if not long[i]]), (200, [i for i in order if long[i]])):
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
-            inputs = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
-            written = model.generate(
-                **inputs.to(model.device), max_new_tokens=limit, do_sample=False, eos_token_id=stops
-            )
-            for index, ids in zip(batch, written[:, inputs["input_ids"].shape[1] :].tolist()):
-                end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-                given[index] = {"text": tokenizer.decode(ids[:end]).removeprefix("\n"), "stopped": end < len(ids)}
-    return [given[index] for index in range(len(rows))]
+    limits = [200 if len(tokenizer.tokenize(row["output"])) > 48 else 64 for row in rows]
+    order, answers = sorted(range(len(rows)), key=lambda index: (limits[index], len(prompts[index]))), {}
+    model.eval()
+    for batch in (order[start : start + batch_size] for start in range(0, len(rows), batch_size)):
+        inputs = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        longest, width = max(limits[i] for i in batch), inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            written = model.generate(**inputs.to(model.device), max_new_tokens=longest, eos_token_id=stops)
+        for index, ids in zip(batch, written[:, width:].tolist()):
+            ids = ids[: limits[index]]
+            end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+            answers[index] = {"text": tokenizer.decode(ids[:end]).removeprefix("\n"), "stopped": end < len(ids)}
+    return [answers[index] for index in range(len(rows))]
 
 
 def clean(text):
@@ -110,22 +110,22 @@ def interval(right, total, z=1.959964):
     """Wilson's 95 % interval: where the true rate very likely lies, given so many right answers."""
     rate, scale = right / total, 1 + z * z / total
     centre, spread = rate + z * z / (2 * total), z * math.sqrt(rate * (1 - rate) / total + (z / (2 * total)) ** 2)
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def scores(model, tokenizer, test_sets):
-    """Each set's right answers as text, the stop rate over all sets, and every answer."""
-    answers = {name: answer(model, tokenizer, rows) for name, rows in test_sets.items()}
-    table = {}
+    """The table's lines for one model (right answers of each set, stop rate over all), and every answer."""
+    lines, answers = {}, {name: answer(model, tokenizer, rows) for name, rows in test_sets.items()}
     for name, rows in test_sets.items():
         right, total = sum(map(is_right, rows, answers[name])), len(rows)
         low, high = interval(right, total)
-        table[name] = f"{right / total:.1%} [{low:.1%}, {high:.1%}]"
-    stopped = [one["stopped"] for given in answers.values() for one in given]
-    return {**table, "stop rate": f"{sum(stopped) / len(stopped):.1%}"}, answers
+        lines[name] = f"{right / total:.1%} [{low:.1%}, {high:.1%}]"
+    stopped = [given["stopped"] for of_set in answers.values() for given in of_set]
+    return {**lines, "stop rate": f"{sum(stopped) / len(stopped):.1%}"}, answers
 
 
 # The way: model, rows, answers before, training, answers after
+
 
 def main():
     parser = argparse.ArgumentParser(description="Fine-tune glm4-nano and compare its answers before and after.")
@@ -157,7 +157,6 @@ def main():
         save_strategy="no",
         report_to="none",
         seed=42,
-        data_seed=42,
     )
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=train_rows, processing_class=tokenizer, peft_config=lora
@@ -170,9 +169,10 @@ def main():
 
     kept = json.dumps({"before": answers_before, "after": answers_after}, ensure_ascii=False, indent=1)
     (output / "answers.json").write_text(kept, encoding="utf-8")
-    for line, values in {"": ("before", "after"), **{name: (before[name], after[name]) for name in before}}.items():
-        print(f"{line:18}{values[0]:>26}{values[1]:>26}")
-    print(f"The adapter and every answer are in {output}.")
+    print(f"{'':18}{'before':>26}{'after':>26}")
+    for name in before:
+        print(f"{name:18}{before[name]:>26}{after[name]:>26}")
+    print("The adapter and every answer are in outputs/one_file.")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
     parser.add_argument("--only", nargs="+", metavar="NUMBER", help="these notebooks alone, such as 04 05")
-    parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself, without widgets and timings")
+    parser.add_argument(
+        "--in-place", action="store_true", help="write the outputs into notebooks/ itself, without widgets and timings"
+    )
     add_json(parser)
 
 
@@ -249,7 +251,9 @@ def without_machine_paths(text: str) -> str:
 
 
 def _one_line(metrics: Mapping[str, Any]) -> str:
-    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
+    shown = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+    )
     return ", ".join(shown)
 
 
