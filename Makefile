@@ -19,6 +19,8 @@
 RUN = .venv/bin/python
 INSTALLED = .venv/installed
 PYTEST =
+# JupyterLab refuses to start as root, which is the only user in most containers, unless it is told to.
+AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 # Without a browser there would be no new screenshots: that has to be seen.
 SCREENSHOTS = GLM4_SCREENSHOTS=images/screenshots GLM4_REQUIRE_BROWSER=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest \
 	tests/test_browser.py tests/test_plots.py -k 'browser or without_any_chinese_font'
@@ -30,7 +32,7 @@ test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(RUN) -m pytest $(PYTEST)
 
 lab: $(INSTALLED)
-	$(RUN) -m jupyter lab notebooks
+	$(RUN) -m jupyter lab notebooks $(AS_ROOT)
 
 notebooks: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers course --in-place

@@ -42,7 +42,8 @@ def install() -> None:
         said = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")] or [finished.stderr.strip()]
         raise MachineError(
             f"pip could not install the course's packages. {said[0]}",
-            "Check that this machine has a network (on Kaggle: Settings, Internet), then run this cell again.",
+            "Switch the network on if it is off (Kaggle: Settings, Internet), and run this cell again. pip says more in a "
+            f"terminal: python -m pip install '{CLONE}'",
         )
     importlib.invalidate_caches()
     replaced = [name for name, before in in_use.items() if version(name) != before]

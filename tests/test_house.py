@@ -119,6 +119,15 @@ def test_each_target_installs_first_and_only_once(copy_with_spaces, target):
 
 
 @needs_make
+@pytest.mark.parametrize(("user", "allowed"), [(0, True), (1000, False)])
+def test_lab_starts_as_root_too(copy_with_spaces, tmp_path, user, allowed):
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n", encoding="utf-8")
+    (tmp_path / "id").chmod(0o755)
+    shown = make(copy_with_spaces, "-n", "lab", PATH=os.pathsep.join([str(tmp_path), os.environ["PATH"]])).stdout
+    assert "jupyter lab notebooks" in shown and ("--allow-root" in shown) == allowed
+
+
+@needs_make
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
 def test_a_change_of_versions_installs_again(copy_with_spaces, changed):
     stamp = copy_with_spaces / ".venv" / "installed"
@@ -223,7 +232,7 @@ def test_what_git_ignores(path, ignored):
 
 
 def sources() -> dict[str, str]:
-    """The Python of all that a user runs, by file: modules, scripts, and the cells of notebooks without their magics."""
+    """The Python of all that a user runs, by file: modules, scripts, and notebooks' cells without their magics."""
     folders = [ROOT / name for name in ("glm4_helpers", "nano", "benchmarks", "images", "notebooks")]
     found = {path: path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")}
     for path in (ROOT / "notebooks").rglob("*.ipynb"):
@@ -236,8 +245,7 @@ def sources() -> dict[str, str]:
 def names_no_encoding(call: ast.Call) -> bool:
     """Whether a call reads or writes text in the encoding that the system prefers."""
     name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
-    of_module = isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id == "os"
-    if name not in ("open", "read_text", "write_text") or of_module:
+    if name not in ("open", "read_text", "write_text") or ast.unparse(call.func) == "os.open":
         return False
     given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
     binary = any(isinstance(value, ast.Constant) and value.value in ("rb", "wb", "ab", "r+b", "xb") for value in given)
