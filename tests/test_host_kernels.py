@@ -140,7 +140,8 @@ def host(request, tmp_path_factory):
 
 def python_of(version: str) -> str:
     """A Python of this version: on PATH, or among pyenv's."""
-    places = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    places = [shutil.which(f"python{version}"), *pyenv.glob(f"versions/{version}.*/bin/python")]
     for place in filter(None, places):
         if subprocess.run([place, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
             return str(place)
