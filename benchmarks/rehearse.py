@@ -412,7 +412,7 @@ def _reset_peak() -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         pass
     return psutil.Process().memory_info().rss
@@ -422,7 +422,7 @@ def _peak_bytes() -> int:
     """The largest resident memory so far, memory-mapped weights counted."""
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     import resource
 

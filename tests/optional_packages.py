@@ -21,7 +21,7 @@ def python_path(package):
     if (APART / package).is_dir():
         return os.pathsep.join([*paths, str(APART)])
     if importlib.util.find_spec(package) is None:
-        _absent(f"{package} is not installed; .ci/install puts it into {APART}")
+        absent(f"{package} is not installed; .ci/install puts it into {APART}")
     return os.pathsep.join(paths)
 
 
@@ -30,14 +30,14 @@ def lm_eval():
     if LM_EVAL.is_dir():
         return _in_front(LM_EVAL)
     if importlib.util.find_spec("lm_eval") is None:
-        _absent('lm-eval is not installed: python -m pip install -e ".[evaluation]"')
+        absent('lm-eval is not installed: python -m pip install -e ".[evaluation]"')
     return os.environ.get("PYTHONPATH", "")
 
 
 def transformers_4():
     """PYTHONPATH for a process in which transformers is version 4."""
     if not TRANSFORMERS_4.is_dir():
-        _absent(f"transformers 4 is not in {TRANSFORMERS_4}; .ci/run says how it gets there")
+        absent(f"transformers 4 is not in {TRANSFORMERS_4}; .ci/run says how it gets there")
     return _in_front(TRANSFORMERS_4)
 
 
@@ -45,5 +45,6 @@ def _in_front(folder):
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _absent(reason):
+def absent(reason):
+    """Fail in CI, skip elsewhere."""
     (pytest.fail if os.environ.get("GLM4_REQUIRE_PACKAGES") == "1" else pytest.skip)(reason)

@@ -1,5 +1,7 @@
 """The house: packaging, pinned versions, make targets and what git ignores."""
 
+import ast
+import json
 import os
 import re
 import shutil
@@ -117,6 +119,15 @@ def test_each_target_installs_first_and_only_once(copy_with_spaces, target):
 
 
 @needs_make
+@pytest.mark.parametrize(("user", "allowed"), [(0, True), (1000, False)])
+def test_lab_starts_as_root_too(copy_with_spaces, tmp_path, user, allowed):
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n", encoding="utf-8")
+    (tmp_path / "id").chmod(0o755)
+    shown = make(copy_with_spaces, "-n", "lab", PATH=os.pathsep.join([str(tmp_path), os.environ["PATH"]])).stdout
+    assert "jupyter lab notebooks" in shown and ("--allow-root" in shown) == allowed
+
+
+@needs_make
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
 def test_a_change_of_versions_installs_again(copy_with_spaces, changed):
     stamp = copy_with_spaces / ".venv" / "installed"
@@ -218,6 +229,37 @@ def test_scripts_parse(shell, script):
 def test_what_git_ignores(path, ignored):
     answer = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", path], cwd=ROOT)
     assert (answer.returncode == 0) == ignored
+
+
+def sources() -> dict[str, str]:
+    """The Python of all that a user runs, by file: modules, scripts, and notebooks' cells without their magics."""
+    folders = [ROOT / name for name in ("glm4_helpers", "nano", "benchmarks", "images", "notebooks")]
+    found = {path: path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")}
+    for path in (ROOT / "notebooks").rglob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        found[path] = re.sub(r"(?m)^\s*[%!].*$", "", code)
+    return {path.relative_to(ROOT).as_posix(): source for path, source in found.items()}
+
+
+def names_no_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding that the system prefers."""
+    name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+    if name not in ("open", "read_text", "write_text") or ast.unparse(call.func) == "os.open":
+        return False
+    given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    binary = any(isinstance(value, ast.Constant) and value.value in ("rb", "wb", "ab", "r+b", "xb") for value in given)
+    return not binary and not any(keyword.arg == "encoding" for keyword in call.keywords)
+
+
+def test_every_text_file_is_read_and_written_with_a_named_encoding():
+    nameless = [
+        f"{path}:{node.lineno}"
+        for path, source in sources().items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and names_no_encoding(node)
+    ]
+    assert nameless == []
 
 
 def test_package_data_is_declared_for_what_is_not_python():

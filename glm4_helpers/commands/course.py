@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -29,14 +30,16 @@ examples:
   python -m glm4_helpers course --only 04 05
   python -m glm4_helpers course --in-place    refreshes the outputs of the committed notebooks"""
 
-HEARTBEAT_SECONDS = 10
+LINE_SECONDS = 60
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
     parser.add_argument("--only", nargs="+", metavar="NUMBER", help="these notebooks alone, such as 04 05")
-    parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself, without widgets and timings")
+    parser.add_argument(
+        "--in-place", action="store_true", help="write the outputs into notebooks/ itself, without widgets and timings"
+    )
     add_json(parser)
 
 
@@ -86,7 +89,7 @@ def stored_result(profile_name: str) -> dict[str, Any] | None:
 def run_notebook(source: Path, target: Path, profile_name: str, clean: bool = False) -> float:
     """Execute ``source`` in a fresh kernel of this Python, write it to ``target``, and return the seconds it took.
 
-    Prints the cell it is at every HEARTBEAT_SECONDS. With ``clean`` the outputs are made fit to be committed, and a
+    Says which cell is running. With ``clean`` the outputs are made fit to be committed, and a
     failed run leaves ``target`` as it was; without, what was done until the failure is kept. Raises CourseError.
     """
     import nbformat
@@ -94,7 +97,7 @@ def run_notebook(source: Path, target: Path, profile_name: str, clean: bool = Fa
 
     notebook = nbformat.read(source, as_version=4)
     started = time.monotonic()
-    with _heartbeat(notebook) as cell_starts:
+    with _life_signs(notebook) as cell_starts:
         client = _client(notebook, source.parent, cell_starts)
         try:
             client.execute(env=_environment(profile_name))
@@ -147,20 +150,31 @@ def _environment(profile_name: str) -> dict[str, str]:
 
 
 @contextmanager
-def _heartbeat(notebook) -> Iterator[Any]:
-    """Gives nbclient's hook for the start of a cell, and prints which cell is running while it takes long."""
+def _life_signs(notebook) -> Iterator[Any]:
+    """Gives nbclient's hook for the start of a cell, and says which cell is running: in a terminal one line that
+    changes, elsewhere (a log, a pipe) a line for every LINE_SECONDS that a cell takes."""
     codes = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    current: dict[str, float] = {}
+    current: dict[str, Any] = {"where": "starting the kernel", "since": time.monotonic()}
     finished = threading.Event()
+    live = sys.stdout.isatty()
 
     def cell_starts(cell, cell_index: int) -> None:
         if cell.cell_type == "code":
-            current.update(number=codes.index(cell_index) + 1, since=time.monotonic())
+            number = f"code cell {codes.index(cell_index) + 1} of {len(codes)}"
+            current.update(where=f"{number}, {_heading(notebook, cell_index)}", since=time.monotonic())
 
     def beat() -> None:
-        while not finished.wait(HEARTBEAT_SECONDS):
-            seconds = time.monotonic() - current.get("since", time.monotonic())
-            print(f"  code cell {current.get('number', 0)} of {len(codes)}: {seconds:.0f} s", flush=True)
+        shown = current["since"]
+        while not finished.wait(0.2):
+            now, width = time.monotonic(), shutil.get_terminal_size().columns - 1
+            line = f"  {current['where']}: {now - current['since']:.0f} s"
+            if live:
+                print("\r" + line[:width].ljust(width), end="", flush=True)
+            elif now - max(shown, current["since"]) >= LINE_SECONDS:
+                print(line, flush=True)
+                shown = now
+        if live:
+            print("\r" + " " * width, end="\r", flush=True)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -169,6 +183,13 @@ def _heartbeat(notebook) -> Iterator[Any]:
     finally:
         finished.set()
         thread.join()
+
+
+def _heading(notebook, cell_index: int) -> str:
+    """The last heading above a cell."""
+    prose = [cell.source for cell in notebook.cells[:cell_index] if cell.cell_type == "markdown"]
+    headings = re.findall(r"^#+ (.+)$", "\n".join(prose), re.MULTILINE)
+    return headings[-1] if headings else "the beginning"
 
 
 def _failure(source: Path, target: Path, notebook, error: Exception) -> CourseError:
@@ -230,7 +251,9 @@ def without_machine_paths(text: str) -> str:
 
 
 def _one_line(metrics: Mapping[str, Any]) -> str:
-    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
+    shown = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+    )
     return ", ".join(shown)
 
 
