@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .callbacks import read_json
 from .chat_format import IGNORE, TERMINATOR, encode, stop_ids
-from .datasets import can_be_asked, data_source, load_messages, split, to_messages
+from .datasets import can_be_asked, profile_rows, split, to_messages
 from .errors import DataError, ModelError
 from .generation import Answer, answers, continuations
 from .models import (
@@ -303,10 +303,10 @@ def read_free_text(
 def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
     """The dev conversations, split off as training does it."""
     if profile.dev_data is not None:
-        return load_messages(data_source(profile.dev_data))["messages"]
+        return profile_rows(profile, "dev_data")["messages"]
     if not profile.dev_fraction:
         raise DataError(f"{profile.name} holds no rows out.", "Train with dev_fraction=0.05, or give dev_data.")
-    return split(load_messages(data_source(profile.train_data)), profile.dev_fraction, profile.training.seed)[1]["messages"]
+    return split(profile_rows(profile, "train_data"), profile.dev_fraction, profile.training.seed)[1]["messages"]
 
 
 def _digest(messages: Sequence[Mapping[str, str]]) -> bytes:

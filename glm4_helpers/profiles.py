@@ -61,7 +61,9 @@ class Profile:
     """One model with its data and settings. ``lora`` None means full fine-tuning.
 
     ``base_model``, ``train_data``, ``dev_data`` and ``test_data`` are paths below the course folder; ``train_data``
-    may also be a hub id. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held out instead.
+    may also be a hub id, or a list of paths and ids. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held
+    out instead. ``columns`` says what columns of other names mean, such as {"问题": "instruction", "答案": "output"};
+    ``skip_bad_rows`` leaves out rows that can't be used, where else they are an error.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Profile:
     quantization: str | None
     lora: LoraSettings | None
     training: TrainingSettings
-    train_data: str
+    train_data: str | tuple[str, ...]
     dev_data: str | None
     test_data: str | None
     dev_fraction: float
@@ -82,6 +84,8 @@ class Profile:
     system_prompt: str | None
     max_new_tokens: int
     terminator: str = "<|endoftext|>"
+    columns: dict[str, str] | None = None
+    skip_bad_rows: bool = False
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -263,7 +267,7 @@ def flat_settings(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, A
     """Nested settings under dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" != "columns":
             flat.update(flat_settings(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -349,6 +353,8 @@ def _fits(hint: Any, value: Any) -> bool:
 def _fits_one(option: Any, value: Any) -> bool:
     if typing.get_origin(option) is tuple:
         return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    if typing.get_origin(option) is dict:
+        return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
     if option in (int, float):
         return isinstance(value, (int, option)) and not isinstance(value, bool)
     return isinstance(value, option)
@@ -358,6 +364,8 @@ def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing (null)"}
     if typing.get_origin(hint) is tuple:
         return "a list of names"
+    if typing.get_origin(hint) is dict:
+        return "names such as {问题: instruction, 答案: output}"
     if isinstance(hint, types.UnionType):
         options = [option for option in typing.get_args(hint) if not (option is int and float in typing.get_args(hint))]
         return " or ".join(_type_name(option) for option in options)

@@ -42,7 +42,7 @@ from .callbacks import (
     write_json,
 )
 from .chat_format import prompt_ids
-from .datasets import can_be_asked, data_source, encode_rows, fingerprint, load_messages, split, without_nulls
+from .datasets import can_be_asked, encode_rows, fingerprint, profile_rows, split, without_nulls
 from .environment import launched_zero_stage, machine, require_room
 from .errors import SettingError
 from .paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, share_weights, shown
@@ -61,7 +61,7 @@ DEV_QUESTIONS = 14
 
 _NO_EFFECT = {
     "title", "hub_id", "modelscope_id", "test_data", "train_data", "dev_data", "sample_prompts", "system_prompt",
-    "max_new_tokens",
+    "max_new_tokens", "columns", "skip_bad_rows",
 }  # fmt: skip
 """Settings of a profile that the trained weights do not depend on; rows are compared by their fingerprint."""
 
@@ -215,9 +215,9 @@ class _Rows:
 
 def _messages(profile: Profile) -> tuple[Dataset, Dataset | None]:
     """Training and dev conversations of the profile."""
-    rows = load_messages(data_source(profile.train_data))
+    rows = profile_rows(profile, "train_data")
     if profile.dev_data is not None:
-        return rows, load_messages(data_source(profile.dev_data))
+        return rows, profile_rows(profile, "dev_data")
     return split(rows, profile.dev_fraction, profile.training.seed) if profile.dev_fraction else (rows, None)
 
 

@@ -97,7 +97,7 @@ def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE as key and value: numbers, true, false, null, [a, b] and "quoted text" as in YAML, the rest as it stands."""
+    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b} and "quoted text" as in YAML, the rest as it stands."""
     import yaml
 
     key, separator, text = pair.partition("=")
@@ -108,7 +108,7 @@ def parse_setting(pair: str) -> tuple[str, Any]:
             return key.strip(), number(text)
         except ValueError:
             continue
-    if text not in ("true", "false", "null") and not text.startswith(("[", '"', "'")):
+    if text not in ("true", "false", "null") and not text.startswith(("[", "{", '"', "'")):
         return key.strip(), text
     try:
         return key.strip(), yaml.safe_load(text)
