@@ -119,10 +119,10 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
 def encode(tokenizer, messages: Sequence[Mapping[str, Any]], terminator: str = TERMINATOR) -> dict[str, list[int]]:
     """Token ids and labels of a whole conversation, as two lists of the same length.
 
-    The ids are those of ``render``, plus one terminator after a last assistant turn; tools are worded as the tokenizer's
-    own template has them. Labels cover what the model writes in every assistant turn, which is a call's function name
-    (``metadata``), the newline, the content and the end; all else is IGNORE. The format closes no turn, so after an
-    answer in the middle the input keeps the next role token while the label there is the terminator: every answer
+    The ids are those of ``render``, plus one terminator after a last assistant turn; tools are worded as the
+    tokenizer's own template has them. Labels cover what the model writes in every assistant turn, which is a call's
+    function name (``metadata``), the newline, the content and the end; all else is IGNORE. The format closes no turn,
+    so after an answer in the middle the input keeps the next role token while the label there is the terminator: every answer
     learns the same ending. A call that follows its own text or another call is part of one answer, so its
     ``<|assistant|>`` is learned in place of an ending. A message with ``"train": False`` is read and not learned; one
     with ``"ended": False`` learns no ending. Control tokens are placed by id, so no text in a message can forge a turn.
@@ -182,7 +182,7 @@ def tools_text(tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def function_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools as ``[{"type": "function", "function": {"name": ...}}]``, from that, from bare functions, or from JSON text.
+    """Tools as ``[{"type": "function", "function": {"name": ...}}]``, from that, from bare functions or JSON text.
 
     Raises DataError for anything else; the text of its problem begins in lower case, to follow a place.
     """
@@ -234,7 +234,7 @@ def _special(tokenizer) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
 
 
-def _written(template: str, special: tuple[tuple[str, str], ...], messages: list[dict[str, Any]], tools: Any = None) -> str:
+def _written(template: str, special: tuple[tuple[str, str], ...], messages: list[dict], tools: Any = None) -> str:
     """What a chat template makes of a conversation that asks for an answer."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -308,7 +308,7 @@ def _terminator_id(chat: ChatFormat, terminator: str) -> int:
     return chat.stops[terminator]
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], write_tools: Callable[[list[dict[str, Any]]], str]) -> list[Turn]:
+def _turns(messages: Sequence[Mapping[str, Any]], write_tools: Callable[[list[dict]], str]) -> list[Turn]:
     """Checked turns as they are rendered: tools become a system turn, turns with empty content are gone."""
     turns: list[Turn] = []
     for number, message in enumerate(_checked_list(messages), 1):
@@ -330,7 +330,7 @@ def _checked_list(messages: Any) -> Sequence[Mapping[str, Any]]:
     return messages
 
 
-def _message_turns(message: Mapping[str, Any], where: str, write_tools: Callable[[list[dict[str, Any]]], str]) -> list[Turn]:
+def _message_turns(message: Mapping[str, Any], where: str, write_tools: Callable[[list[dict]], str]) -> list[Turn]:
     """The zero, one or two turns of one message."""
     if not isinstance(message, Mapping):
         raise DataError(

@@ -1,7 +1,7 @@
 """Rows to conversations, and on to token ids: load, check, count, split, fingerprint, encode.
 
-Files are read in row_files, columns get their meaning in row_shapes, and the chat format is in chat_format. Training and
-scoring only use what comes from here.
+Files are read in row_files, columns get their meaning in row_shapes, and the chat format is in chat_format. Training
+and scoring only use what comes from here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .chat_format import IGNORE, TERMINATOR, encode
 from .errors import DataError, SettingError
 from .paths import home
 from .row_files import LocatedRow, local_copy, located_rows, skipped_files, without_nulls  # noqa: F401
-from .row_shapes import KEPT_COLUMNS, Conversation, conversation
+from .row_shapes import KEPT_COLUMNS, Conversation, check_columns, conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,10 +40,10 @@ def read_rows(source: Source) -> list[dict[str, Any]]:
     """Rows of a file, of all files below a folder, of a data set on a hub, or of several of these, as they are written.
 
     JSON, JSON Lines, CSV, Excel, Parquet, Arrow, any of them compressed or zipped, and folders of ``save_to_disk`` are
-    read. Paths count from the working folder, then from the course folder. A hub id such as llamafactory/alpaca_gpt4_zh,
-    owner/name:configuration or owner/name:configuration:split is read from ``local_copy`` if that is there, else
-    downloaded from Hugging Face, or from ModelScope where the variable GLM4_HUB is "modelscope". Raises DataError naming
-    file and row.
+    read. Paths count from the working folder, then from the course folder. A hub id such as
+    llamafactory/alpaca_gpt4_zh, owner/name:configuration or owner/name:configuration:split is read from
+    ``local_copy`` if that is there, else downloaded from Hugging Face, or from ModelScope where the variable GLM4_HUB
+    is "modelscope". Raises DataError naming file and row.
     """
     places = located_rows(source)
     for place in places:
@@ -52,7 +52,9 @@ def read_rows(source: Source) -> list[dict[str, Any]]:
     return [dict(place.row) for place in places]
 
 
-def to_messages(row: Mapping[str, Any], where: str = "", columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def to_messages(
+    row: Mapping[str, Any], where: str = "", columns: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """One row of any shape in ``row_shapes.SHAPES`` as a list of messages; ``where`` opens the text of errors.
 
     Alpaca's instruction and input become one user turn, a blank line between them; ``history`` goes before it and
@@ -82,6 +84,8 @@ def load_and_count(
     them; ``encode_rows`` drops them. Raises DataError where rows can't be used, with their number and the first of
     them; ``skip_bad`` leaves them out.
     """
+    columns = columns or {}
+    check_columns(columns)
     places = located_rows(source)
     kept: list[tuple[Mapping[str, Any], Conversation]] = []
     bad: list[DataError] = []
@@ -91,7 +95,8 @@ def load_and_count(
             kept.append((place.row, _conversation(place, columns)))
         except DataError as error:
             bad.append(error)
-            reasons.setdefault(re.sub(r"\d+", "N", error.problem.removeprefix(f"{place.where}: ")), []).append(place.where)
+            reason = re.sub(r"\d+", "N", error.problem.removeprefix(f"{place.where}: "))
+            reasons.setdefault(reason, []).append(place.where)
     if bad and not (skip_bad and kept):
         raise _all_bad(bad, len(places))
     messages = [each.messages for _, each in kept]
@@ -102,6 +107,7 @@ def load_and_count(
         "bad_rows": reasons,
         "skipped_files": skipped_files(source),
         "ignored": dict(Counter(name for _, each in kept for name in each.ignored)),
+        "absent_columns": [name for name in columns if not any(name in row for row, _ in kept)],
         "masked_turns": sum(message.get("train") is False for each in messages for message in each),
         "cut_answers": sum(message.get("ended") is False for each in messages for message in each),
         "placeholders": sum(any(_PLACEHOLDER.search(message["content"]) for message in each) for each in messages),
@@ -156,7 +162,7 @@ def _table(source: Source, rows: Sequence[Mapping[str, Any]], messages: list[lis
 
 
 def report(dataset: Dataset, found: Mapping[str, Any], held_out: Mapping[str, Dataset] | None = None) -> str:
-    """What there is to know of rows before they are trained, a line each: from ``load_and_count``, and of the rows as such.
+    """What there is to know of rows before they are trained, line by line; ``found`` is that of ``load_and_count``.
 
     ``held_out`` are rows by name that training must not see; those that occur in both are counted.
     """
@@ -164,37 +170,40 @@ def report(dataset: Dataset, found: Mapping[str, Any], held_out: Mapping[str, Da
     encodings = [name for name in found["encodings"] if name not in ("utf-8", "utf-8-sig")]
     kept = Counter(map(_canonical, dataset["messages"]))
     near = Counter(map(_gist, dataset["messages"]))
-    lines = [f"{found['rows']} rows read ({shapes}){' in ' + ', '.join(encodings) if encodings else ''}", *_findings(found)]
+    written = f" in {', '.join(encodings)}" if encodings else ""
+    lines = [f"{found['rows']} rows read ({shapes}){written}", *_findings(found)]
     if repeated := len(dataset) - len(kept):
-        lines.append(f"{repeated} rows equal to an earlier one")
+        lines.append(f"rows equal to an earlier one: {repeated}")
     if alike := len(kept) - len(near):
-        lines.append(f"{alike} rows equal to another but for spaces, punctuation and width")
+        lines.append(f"rows equal to another but for spaces, punctuation, case and width: {alike}")
     for name, others in (held_out or {}).items():
         if both := sum(_gist(messages) in near for messages in others["messages"]):
-            lines.append(f"{both} of {len(others)} {name} are also in the training rows: they can't judge it")
+            lines.append(f"{name} that are also in the training rows, and so can't judge it: {both} of {len(others)}")
     return "\n".join(lines)
 
 
 def _findings(found: Mapping[str, Any]) -> list[str]:
     """What a user has to know of rows that were read, in words; empty where there is nothing."""
     counted = (
-        ("masked_turns", "turns are read and not trained"),
-        ("cut_answers", "answers were cut when they were saved; their end is not trained"),
-        ("placeholders", "rows hold a placeholder such as {{name}}, which is taught as it is"),
+        ("masked_turns", "turns that are read and not trained"),
+        ("cut_answers", "answers that were cut when they were saved, and whose end is not trained"),
+        ("placeholders", "rows with a placeholder such as {{name}}, which is taught as it is"),
     )
     lines = []
     for reason, places in found["bad_rows"].items():
-        lines.append(f"{len(places)} rows left out: {reason.removesuffix('.')} ({', '.join(places[:EXAMPLES])})")
-    lines += [f"{found[name]} {words}" for name, words in counted if found[name]]
+        lines.append(f"rows left out: {len(places)}, {reason.removesuffix('.')} ({', '.join(places[:EXAMPLES])})")
+    if found["absent_columns"]:
+        lines.append(f"no row has the column {', '.join(found['absent_columns'])} that the setting columns names")
+    lines += [f"{words}: {found[name]}" for name, words in counted if found[name]]
     if found["ignored"]:
         lines.append(f"ignored: {', '.join(f'{name} ({count})' for name, count in found['ignored'].items())}")
     if files := found["skipped_files"]:
-        lines.append(f"{len(files)} files not read: {', '.join(files[:EXAMPLES])}{', …' * (len(files) > EXAMPLES)}")
+        lines.append(f"files not read: {len(files)}, {', '.join(files[:EXAMPLES])}{', …' * (len(files) > EXAMPLES)}")
     return lines
 
 
 def _gist(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The texts of a conversation without what does not change their meaning: width, case, spaces and sentence marks."""
+    """The texts of a conversation without what rarely changes their meaning: width, case, spaces, sentence marks."""
     text = "\n".join(message["content"] for message in messages)
     return re.sub(r"[\s,.!?;:'\"，。、！？；：“”‘’…]+", "", unicodedata.normalize("NFKC", text).casefold())
 
@@ -325,7 +334,7 @@ _LACKS = {
 
 
 def _lack(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The reason, one of _LACKS, for which the conversation can't be learned whatever its length; else an empty string."""
+    """Why the conversation can't be learned whatever its length, as a key of _LACKS; else an empty string."""
     if any(message["role"] == "user" and not message["content"].strip() for message in messages):
         return "empty_questions"
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -335,9 +344,9 @@ def _lack(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _beginning(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The first words of a conversation's last question, to find it by."""
-    text = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-    text = " ".join(text.split())
+    """The first words of a conversation, to find it by."""
+    spoken = [message["content"] for message in messages if message["role"] != "system"]
+    text = " ".join(next((text for text in spoken if text.strip()), "").split())
     return f"“{text[:20]}{'…' * (len(text) > 20)}”"
 
 

@@ -61,7 +61,7 @@ class Profile:
     """One model with its data and settings. ``lora`` None means full fine-tuning.
 
     ``base_model``, ``train_data``, ``dev_data`` and ``test_data`` are paths below the course folder; ``train_data``
-    may also be a hub id, or a list of paths and ids. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held
+    may also be a hub id, or a list of both. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held
     out instead. ``columns`` says what columns of other names mean, such as {"问题": "instruction", "答案": "output"};
     ``skip_bad_rows`` leaves out rows that can't be used, where else they are an error.
     """

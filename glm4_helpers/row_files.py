@@ -23,7 +23,8 @@ from .errors import CourseError, DataError, MachineError, SettingError, first_li
 from .paths import data_dir, home
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip")
-"""Files of a folder that are read; ``.gz``, ``.bz2`` or ``.xz`` may follow. A file that is named itself may end as it likes."""
+"""Files of a folder that are read; ``.gz``, ``.bz2`` or ``.xz`` may follow. A file that is named itself may be called
+anything."""
 
 _NOT_ROWS = ("dataset_info", "dataset_dict.json", "state.json")
 """How the names of files begin that tell about rows and hold none."""
@@ -49,7 +50,7 @@ def located_rows(source: str | Path | Sequence[str | Path]) -> list[LocatedRow]:
     rows = [row for each in (source if several else [source]) for row in _rows(each)]
     if not rows:
         shown = ", ".join(map(str, source)) if several else source
-        raise DataError(f"{shown} holds no rows.", "Give a file with at least one row, such as JSON, JSON Lines or CSV.")
+        raise DataError(f"{shown} holds no rows.", "Give a file with at least one row, such as JSON or CSV.")
     return rows
 
 
@@ -224,10 +225,11 @@ _BINARY_FILES = (
     (b"ARROW1", "Arrow", _arrow_rows),
     (b"\xff\xff\xff\xff", "Arrow", _arrow_rows),
 )
+_SAVE_AS = "Save it as JSON, JSON Lines, CSV, Excel or Parquet."
 _UNPACK = "Unpack it, and give the file or the folder."
 _OTHER_FILES = (
-    (b"version https://git-lfs", "a Git LFS pointer without its data", "Run git lfs pull where it was cloned, or download the file."),
-    (b"\x00\x05\x16\x07", "a file that macOS writes beside the real one", "Give the file of the same name without ._ in front."),
+    (b"version https://git-lfs", "a Git LFS pointer without its data", "Run git lfs pull, or download the file."),
+    (b"\x00\x05\x16\x07", "a file that macOS writes beside the real one", "Give the one without ._ in its name."),
     (b"\xd0\xcf\x11\xe0", "an old Excel file (.xls)", "Save it as .xlsx, or as CSV in UTF-8."),
     (b"%PDF", "a PDF", "Write its text into rows, such as JSON Lines with instruction and output."),
     (b"(\xb5/\xfd", "compressed with zstd", _UNPACK),
@@ -244,6 +246,8 @@ def _decoded(data: bytes, shown: str) -> tuple[str, str]:
     try:
         return data.decode(encoding), encoding
     except UnicodeDecodeError as error:
+        if b"\0" in data:
+            raise DataError(f"{shown} is a binary file of a kind that is not read.", _SAVE_AS) from error
         problem = f"{shown} is not {encoding.upper().removesuffix('-SIG')} text (byte {error.start})"
     try:
         line = next(line for line in data.decode("gb18030").splitlines() if not line.isascii()).strip()
@@ -252,9 +256,8 @@ def _decoded(data: bytes, shown: str) -> tuple[str, str]:
     # Bytes of other encodings can pass as GBK, too, so the user has to look.
     new = Path(shown).with_name(f"utf8-{Path(shown).name}").as_posix()
     convert = f"from pathlib import Path; Path(r'{new}').write_bytes(Path(r'{shown}').read_text('gb18030').encode())"
-    raise DataError(
-        f"{problem}. Read as GBK, it has {line[:30]!r}.", f'If that is right, convert it with python -c "{convert}" and use {new}.'
-    )
+    fix = f'If that is right, convert it with python -c "{convert}" and use {new}.'
+    raise DataError(f"{problem}. Read as GBK, it has {line[:30]!r}.", fix)
 
 
 def _text_rows(text: str, shown: str) -> Iterable[LocatedRow]:
@@ -274,7 +277,7 @@ def _text_rows(text: str, shown: str) -> Iterable[LocatedRow]:
         return _csv_rows(text, shown)
     raise DataError(
         f"{shown} is not JSON, nor a table with a line of column names: it begins with {first[:30]!r}.",
-        "Save it as JSON, JSON Lines, CSV, Excel or Parquet.",
+        _SAVE_AS,
     )
 
 
@@ -293,14 +296,18 @@ def _json_rows(text: str, shown: str) -> list[LocatedRow]:
     try:
         rows = _json(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{shown} is not JSON: {error.msg.removesuffix(' at')} in line {error.lineno}, column {error.colno}.", "Correct the file there."
-        ) from error
+        place = f"line {error.lineno}, column {error.colno}"
+        problem = f"{shown} is not JSON: {error.msg.removesuffix(' at')} in {place}."
+        raise DataError(problem, "Correct the file there.") from error
     if not isinstance(rows, list):
+        if rows and all(isinstance(value, dict) for value in rows.values()):
+            fix = "Write it with to_json(path, orient='records', force_ascii=False)."
+            raise DataError(f"{shown} holds an object of columns, as pandas writes it, instead of a list of rows.", fix)
         lists = [key for key, value in rows.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
         if not lists or lists[0] in ("messages", "conversations", "conversation"):
             return [LocatedRow(f"{shown}, row 1", rows)]
-        raise DataError(f"{shown} holds an object with a list in {lists[0]!r} instead of a list of rows.", "Save that list alone.")
+        problem = f"{shown} holds an object with a list in {lists[0]!r} instead of a list of rows."
+        raise DataError(problem, "Save that list alone.")
     return [_located(row, f"{shown}, row {number}") for number, row in enumerate(rows, 1)]
 
 
@@ -331,13 +338,14 @@ _MARKS = (",", "\t", ";")
 
 
 def _csv_rows(text: str, shown: str) -> Iterator[LocatedRow]:
+    """Rows of a table whose first line names the columns; cells that are empty are absent."""
     first = text.lstrip().split("\n", 1)[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(_MARKS, key=first.count), strict=True)
     names: list[str] = []
-    start = 1
+    start, limit = 1, csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         for cells in reader:
-            cells = [cell.lstrip("\ufeff") for cell in cells]
+            cells[:1] = [cell.lstrip("\ufeff") for cell in cells[:1]]  # where files with a byte order mark were joined
             line, start = start, reader.line_num + 1
             where = f"{shown}, line {line}"
             if not any(cells):
@@ -346,13 +354,17 @@ def _csv_rows(text: str, shown: str) -> Iterator[LocatedRow]:
                 names = cells
                 if len(set(names)) < len(names):
                     raise DataError(f"{shown} has two columns of the same name.", "Rename one in the first line.")
+            elif cells == names:
+                yield LocatedRow(where, DataError("it repeats the column names.", "Remove the line."))
             elif len(cells) != len(names):
                 problem = f"it has {len(cells)} cells, and there are {len(names)} column names."
-                yield LocatedRow(where, DataError(problem, 'Put cells with commas or line breaks into "quotation marks".'))
+                yield LocatedRow(where, DataError(problem, 'Put cells with commas or line breaks into "quotes".'))
             else:
                 yield LocatedRow(where, {name: cell for name, cell in zip(names, cells) if cell not in ("", "NaN")})
     except csv.Error as error:
         raise DataError(f"{shown}, line {start} is not CSV: {error}.", "Correct the file there.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 # Hubs
@@ -369,12 +381,14 @@ def _hub_rows(source: str) -> list[LocatedRow]:
     except CourseError:
         raise
     except Exception as error:  # the hubs raise dozens of kinds: network, absent, gated, unreadable
-        choose = "name a configuration as in owner/name:configuration, " if "onfig name is missing" in str(error) else ""
-        raise DataError(
-            f"{source} is no file here and could not be read from {title}: {' '.join(str(error).split())[:300] or first_line(error)}",
-            f"{choose[:1].upper()}{choose[1:]}{'check' if choose else 'Check'} name and network, "
-            f"set GLM4_HUB to the other hub (huggingface, modelscope), or save it as data/{_copy_name(source)} in the course folder.",
-        ) from error
+        reason = " ".join(str(error).split())[:300] or first_line(error)
+        fix = (
+            "Check name and network, set GLM4_HUB to the other hub (huggingface, modelscope), "
+            f"or save it as data/{_copy_name(source)} in the course folder."
+        )
+        if "Config name is missing" in reason:
+            fix = "Name a configuration, as in owner/name:configuration."
+        raise DataError(f"{source} is no file here and could not be read from {title}: {reason}", fix) from error
 
 
 def _from_hugging_face(hub_id: str, configuration: str | None, split: str | None) -> list[LocatedRow]:
@@ -397,7 +411,7 @@ def _one_split(found: Any, shown: str, separator: str) -> Any:
 
 
 def _from_modelscope(hub_id: str, configuration: str | None, split: str | None) -> list[LocatedRow]:
-    """The rows of the JSON files in the repository. ModelScope's own reader needs an older datasets package than ours."""
+    """The rows of the repository's JSON files. ModelScope's own reader needs an older datasets package than ours."""
     if configuration or split:
         fix = f"Give {hub_id}, or download the file that you mean and give its path."
         raise SettingError("Sets from ModelScope are read whole, without configuration and split.", fix)

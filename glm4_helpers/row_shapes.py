@@ -1,7 +1,7 @@
 """What the columns of a row mean: one table of shapes, each a small function from a row to messages.
 
-Rows come from row_files; messages go to chat_format. A reader takes out of the row what it uses, so what is left over was
-ignored, and is reported. What would be taught wrongly raises DataError; its problem begins in lower case, after a place.
+Rows come from row_files; messages go to chat_format. A reader takes out of the row what it uses, so what is left over
+was ignored, and is reported. Errors begin in lower case: the place of the row goes in front.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .chat_format import checked_text, function_tools, kind
-from .errors import DataError
+from .errors import DataError, SettingError
 
 Message = dict[str, Any]
 
@@ -54,9 +54,9 @@ class Conversation(NamedTuple):
 def conversation(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Conversation:
     """One row of any shape in ``SHAPES`` as messages.
 
-    Column names may be in any case; ``columns`` gives names of one's own their meaning, {"问题": "instruction"}. Messages
-    have role and content, and where they need it metadata, ``tools`` (JSON text, on a system message), ``"train": False``
-    and ``"ended": False``. Raises DataError for a row that can't be learned from as it says.
+    Column names may be in any case; ``columns`` gives names of one's own their meaning, {"问题": "instruction"}.
+    Messages have role and content, and where they need it metadata, ``tools`` (JSON text, on a system message),
+    ``"train": False`` and ``"ended": False``. Raises DataError for a row that can't be learned from as it says.
     """
     row = _known_names(row, columns or {})
     _refuse_other_training(row)
@@ -68,8 +68,21 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str] | None = Non
     _check_order(messages)
     if trained is False:
         messages = [_untrained(message) for message in messages]
-    ignored += [f"column {name}" for name in row if name not in KEPT_COLUMNS]
+    ignored += [f"column {name or '(unnamed)'}" for name in row if name not in KEPT_COLUMNS]
     return Conversation(shape, messages, tuple(ignored))
+
+
+COLUMNS = {"input", "context", "history", "system", "tools", *KEPT_COLUMNS}
+"""Columns, besides those of SHAPES, that a setting may give a meaning to."""
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise SettingError where a column is given a meaning that no shape has."""
+    known = COLUMNS.union(*(shape.columns for shape in SHAPES.values()))
+    for name, meaning in columns.items():
+        if meaning not in known:
+            problem = f"columns gives {name!r} the unknown meaning {meaning!r}."
+            raise SettingError(problem, f"Use one of {', '.join(sorted(known))}.")
 
 
 def _known_names(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -104,7 +117,7 @@ def _trained(owner: dict[str, Any], where: str = "the row") -> bool | None:
     said = [_MASK_VALUES.get(str(owner[name]).lower(), name) for name in MASKS if name in owner]
     for unknown in [value for value in said if isinstance(value, str)]:
         fix = "Give 1 (trained) or 0 (not trained), or remove it."
-        raise DataError(f"the {unknown} of {where} is {owner[unknown]!r}, and no part of a turn can be trained more or less.", fix)
+        raise DataError(f"the {unknown} of {where} is {owner[unknown]!r}; turns are trained fully or not at all.", fix)
     for name in MASKS:
         owner.pop(name, None)
     return all(said) if said else None
@@ -128,7 +141,8 @@ def _pair(question: str, answer: str, extra: str = "") -> Shape:
     """A shape with a column for the question, one for its answer, and maybe one that belongs to the question."""
 
     def read(row: dict[str, Any], ignored: list[str]) -> list[Message]:
-        asked, more = _text(row, question), _text(row, extra, "") if extra else ""
+        asked = _text(row, question, "" if extra in row else None)
+        more = _text(row, extra, "") if extra else ""
         joined = f"{asked}\n\n{more}" if asked.strip() and more.strip() else asked + more
         turns = [*_history(row, ignored), {"role": "user", "content": joined}]
         return [*turns, {"role": "assistant", "content": _text(row, answer)}]
@@ -164,7 +178,7 @@ SHAPES = {
 
 
 def _shape(row: Mapping[str, Any]) -> str:
-    """The one shape whose columns are all there; else the first that has its question, whose reader says what is absent."""
+    """The one shape whose columns are all there, else the first whose question is: its reader says what is absent."""
     whole = [name for name, shape in SHAPES.items() if all(column in row for column in shape.columns)]
     if len(whole) > 1:
         raise DataError(f"the row mixes the formats {' and '.join(whole)}.", "Keep the columns of one format.")
@@ -175,7 +189,8 @@ def _shape(row: Mapping[str, Any]) -> str:
     if "text" in row:
         fix = "Give questions and answers: this course fine-tunes a model to answer."
         raise DataError("it has text alone, as pretraining uses, without question and answer.", fix)
-    names = [name for name, value in row.items() if isinstance(value, str)] + ["QUESTION", "ANSWER"]
+    texts = [name for name, value in row.items() if isinstance(value, str) and name not in KEPT_COLUMNS]
+    names = [*texts, "QUESTION", "ANSWER"]
     raise DataError(
         f"the row has the columns of no known format (its columns: {', '.join(row) or 'none'}).",
         f"Use one of {'; '.join(', '.join(shape.columns) for shape in SHAPES.values())}; "
@@ -198,6 +213,8 @@ def _history(row: dict[str, Any], ignored: list[str]) -> list[Message]:
 
 # Turns
 
+_PAIRS_IN_A_TURN = (("human", "assistant"), ("input", "output"))
+
 
 def _messages(turns: Sequence[Any], called: str, ignored: list[str]) -> list[Message]:
     """Messages of a list of turns: role and content, from and value, or human and assistant in one."""
@@ -205,19 +222,22 @@ def _messages(turns: Sequence[Any], called: str, ignored: list[str]) -> list[Mes
     for number, turn in enumerate(turns, 1):
         where = called.format(number)
         if not isinstance(turn, Mapping):
-            raise DataError(f"{where} is {kind(turn)} instead of an object.", 'Write {"role": "user", "content": "..."}.')
+            fix = 'Write {"role": "user", "content": "..."}.'
+            raise DataError(f"{where} is {kind(turn)} instead of an object.", fix)
         turn = {name: value for name, value in turn.items() if value is not None}
-        if "human" in turn and "assistant" in turn:
-            both = [{"role": role, "content": turn.pop(role)} for role in ("human", "assistant")]
-            messages += [message for each in both for message in _turn_messages({**turn, **each}, where, ignored)]
-        else:
-            messages += _turn_messages(turn, where, ignored)
+        pair = next((pair for pair in _PAIRS_IN_A_TURN if all(name in turn for name in pair)), None)
+        if pair:
+            names = zip(("system", "user", "assistant"), ("system", *pair))
+            split = [{"role": role, "content": turn.pop(name)} for role, name in names if name in turn]
+            split[-1] |= turn  # what else is said, such as a mask, is about the answer
+        for each in split if pair else [turn]:
+            messages += _turn_messages(each, where, ignored)
     return messages
 
 
 def _turn_messages(turn: dict[str, Any], where: str, ignored: list[str]) -> list[Message]:
     sender = turn.pop("role", None) or turn.pop("from", None)
-    role = ROLES.get(sender.lower()) if isinstance(sender, str) else None
+    role = ROLES.get(sender.strip().lower()) if isinstance(sender, str) else None
     if role is None:
         raise DataError(f"{where} has the unknown role {sender!r}.", f"Use one of {', '.join(ROLES)}.")
     where = f"{where} ({sender})"
@@ -238,7 +258,8 @@ def _turn_messages(turn: dict[str, Any], where: str, ignored: list[str]) -> list
     if tools:
         message["tools"] = json.dumps(tools, ensure_ascii=False)
     if (tools and role != "system") or (calls and role != "assistant"):
-        raise DataError(f"{where} carries {'tools' if tools else 'calls'}.", "Put tools on the system message, calls on the assistant's.")
+        fix = "Put tools on the system message, and calls on the assistant's."
+        raise DataError(f"{where} carries {'tools' if tools else 'calls'}.", fix)
     if trained and role != "assistant":
         raise DataError(f"{where} is to be trained.", "Only the assistant's turns are trained: remove the mark.")
     messages = [message] * bool(content or not calls) + [each for call in calls for each in _calls(call, where)]
@@ -263,12 +284,13 @@ def _joined(parts: Sequence[Any], where: str, ignored: list[str]) -> tuple[str, 
         elif what == "reasoning":
             ignored.append("message part reasoning")
         else:
-            raise DataError(f"the content of {where} has a part of type {what}.", "Remove it: this model reads text only.")
+            fix = "Remove it: this model reads text only."
+            raise DataError(f"the content of {where} has a part of type {what}.", fix)
     return text, calls
 
 
 def _calls(call: Any, where: str) -> Iterator[Message]:
-    """Function calls as GLM-4 writes them: the function's name after ``<|assistant|>``, its arguments as the content."""
+    """Calls as GLM-4 writes them: the function's name after ``<|assistant|>``, its arguments as the content."""
     try:
         calls = json.loads(call) if isinstance(call, str) else call
         for each in calls if isinstance(calls, list) else [calls]:
@@ -277,7 +299,8 @@ def _calls(call: Any, where: str) -> Iterator[Message]:
             arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
             if not (isinstance(name, str) and name.strip() and "\n" not in name and isinstance(arguments, dict)):
                 raise ValueError
-            yield {"role": "assistant", "content": json.dumps(arguments, ensure_ascii=False), "metadata": checked_text(name, "a name")}
+            text = json.dumps(arguments, ensure_ascii=False)
+            yield {"role": "assistant", "content": text, "metadata": name}
     except (ValueError, AttributeError, KeyError, TypeError):
         fix = 'Write a call as {"name": "...", "arguments": {...}}.'
         raise DataError(f"{where} has a call that is not a function's name with arguments.", fix) from None
@@ -325,7 +348,7 @@ def _list(row: dict[str, Any], name: str, default: Sequence[Any] | None = None) 
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise DataError(f"the value of {name!r} is not JSON: {error.msg}.", "Write it as a list of turns.") from error
+            raise DataError(f"the value of {name!r} is not JSON: {error.msg}.", "Write a list of turns.") from error
     if value is None:
         raise DataError(f"the column {name!r} is missing.", f"Add {name} to the row, or remove the row.")
     if value == "":

@@ -97,7 +97,7 @@ def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b} and "quoted text" as in YAML, the rest as it stands."""
+    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b} and "text" as in YAML, the rest unchanged."""
     import yaml
 
     key, separator, text = pair.partition("=")
