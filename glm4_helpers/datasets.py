@@ -87,32 +87,32 @@ def load_and_count(
     columns = columns or {}
     check_columns(columns)
     places = located_rows(source)
-    kept: list[tuple[Mapping[str, Any], Conversation]] = []
+    kept: list[Conversation] = []
     bad: list[DataError] = []
     reasons: dict[str, list[str]] = {}
     for place in places:
         try:
-            kept.append((place.row, _conversation(place, columns)))
+            kept.append(_conversation(place, columns))
         except DataError as error:
             bad.append(error)
             reason = re.sub(r"\d+", "N", error.problem.removeprefix(f"{place.where}: "))
             reasons.setdefault(reason, []).append(place.where)
     if bad and not (skip_bad and kept):
         raise _all_bad(bad, len(places))
-    messages = [each.messages for _, each in kept]
+    messages = [each.messages for each in kept]
     found = {
         "rows": len(places),
-        "shapes": dict(Counter(each.shape for _, each in kept)),
+        "shapes": dict(Counter(each.shape for each in kept)),
         "encodings": dict(Counter(place.encoding for place in places if place.encoding)),
         "bad_rows": reasons,
         "skipped_files": skipped_files(source),
-        "ignored": dict(Counter(name for _, each in kept for name in each.ignored)),
-        "absent_columns": [name for name in columns if not any(name in row for row, _ in kept)],
+        "ignored": dict(Counter(name for each in kept for name in each.ignored)),
+        "absent_columns": [name for name in columns if not any(_has(place.row, name) for place in places)],
         "masked_turns": sum(message.get("train") is False for each in messages for message in each),
         "cut_answers": sum(message.get("ended") is False for each in messages for message in each),
         "placeholders": sum(any(_PLACEHOLDER.search(message["content"]) for message in each) for each in messages),
     }
-    return _table(source, [row for row, _ in kept], messages), found
+    return _table(source, kept), found
 
 
 _PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
@@ -142,13 +142,17 @@ def _all_bad(bad: Sequence[DataError], rows: int) -> DataError:
     return DataError(f"{len(bad)} of {rows} rows can't be used. {first}{more}.", fix)
 
 
-def _table(source: Source, rows: Sequence[Mapping[str, Any]], messages: list[list[dict[str, Any]]]) -> Dataset:
+def _has(row: Mapping[str, Any] | DataError, name: str) -> bool:
+    return isinstance(row, Mapping) and name in map(str.strip, map(str, row))
+
+
+def _table(source: Source, kept: Sequence[Conversation]) -> Dataset:
     import datasets
 
-    columns: dict[str, list[Any]] = {"messages": messages}
+    columns: dict[str, list[Any]] = {"messages": [each.messages for each in kept]}
     for name in KEPT_COLUMNS:
-        if any(row.get(name) is not None for row in rows):
-            columns[name] = [row.get(name) for row in rows]
+        if any(name in each.kept for each in kept):
+            columns[name] = [each.kept.get(name) for each in kept]
     try:
         return datasets.Dataset.from_dict(columns)
     except (TypeError, ValueError) as error:  # pyarrow's errors are kinds of these

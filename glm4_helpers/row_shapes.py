@@ -44,11 +44,12 @@ _OTHER_TRAINING = {
 
 
 class Conversation(NamedTuple):
-    """A row as messages, the name of its shape, and the columns and message keys that nothing was made of."""
+    """A row as messages, the name of its shape, the columns and message keys that nothing was made of, and KEPT_COLUMNS."""
 
     shape: str
     messages: list[Message]
-    ignored: tuple[str, ...]
+    ignored: list[str]
+    kept: dict[str, Any]
 
 
 def conversation(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Conversation:
@@ -68,8 +69,8 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str] | None = Non
     _check_order(messages)
     if trained is False:
         messages = [_untrained(message) for message in messages]
-    ignored += [f"column {name or '(unnamed)'}" for name in row if name not in KEPT_COLUMNS]
-    return Conversation(shape, messages, tuple(ignored))
+    kept = {name: row.pop(name) for name in KEPT_COLUMNS if name in row}
+    return Conversation(shape, messages, [*ignored, *(f"column {name or '(unnamed)'}" for name in row)], kept)
 
 
 COLUMNS = {"input", "context", "history", "system", "tools", *KEPT_COLUMNS}

@@ -317,6 +317,11 @@ def test_excel_is_read_where_openpyxl_is_installed(tmp_path, monkeypatch):
     assert [messages[0]["content"] for messages in dataset["messages"]] == ["翻译成英文。\n\n苹果", "翻译成英文。"]
 
 
+def test_a_cell_may_be_as_long_as_a_book(tmp_path):
+    (tmp_path / "long.csv").write_text(f"question,answer\na,{'好' * 200_000}\n", encoding="utf-8")
+    assert len(data.load_messages(tmp_path / "long.csv")["messages"][0][1]["content"]) == 200_000
+
+
 def test_the_line_that_converts_gbk_works(tmp_path):
     (tmp_path / "mine.json").write_bytes(json.dumps([ALPACA], ensure_ascii=False).encode("gbk"))
     with pytest.raises(DataError) as caught:
@@ -339,6 +344,8 @@ def test_columns_of_other_names_get_a_meaning(tmp_path, caplog):
     assert "no row has the column 问提" in caplog.text
     with pytest.raises(SettingError, match="'问题' the unknown meaning 'instructon'"):
         data.load_messages(tmp_path / "mine.csv", {"问题": "instructon"})
+    (tmp_path / "spaces.csv").write_text(" ID , 问题 ,答案\n7,你好,你好！\n", encoding="utf-8")
+    assert data.load_messages(tmp_path / "spaces.csv", value)["id"] == ["7"]
     with pytest.raises(SettingError, match="columns can't be"):
         get_profile(columns={"问题": 3})
 
