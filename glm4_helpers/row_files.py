@@ -269,7 +269,7 @@ def _text_rows(text: str, shown: str) -> Iterable[LocatedRow]:
     if first.startswith("<"):
         fix = "Download the file itself: its address on a hub has /resolve/, where the page has /blob/."
         raise DataError(f"{shown} is a web page or XML, not rows.", fix)
-    if first.startswith("{") and (_is_object(first) or _is_object(lines[-1].lstrip("\ufeff"))):
+    if len(lines) > 1 and first.startswith("{") and (_is_object(first) or _is_object(lines[-1].lstrip("\ufeff"))):
         return _jsonl_rows(text, shown)
     if first.startswith(("[", "{")):
         return _json_rows(text, shown)

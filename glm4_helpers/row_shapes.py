@@ -106,10 +106,12 @@ def _refuse_other_training(row: dict[str, Any]) -> None:
             raise DataError(f"the column {name!r} holds {_OTHER_TRAINING[name]}.", fix)
     for name in ("kto_tag", "label"):
         marked = str(row.get(name)).lower()
-        if marked == "false":
+        if name == "label" and marked not in ("true", "false"):  # a class, as other tasks have it
+            continue
+        if _MASK_VALUES.get(marked) is False:
             fix = "Remove such rows; training on good and bad answers is KTO, which TRL has."
-            raise DataError(f"it is marked as a bad answer ({name} false).", fix)
-        if marked == "true":
+            raise DataError(f"it is marked as a bad answer ({name} {marked}).", fix)
+        if marked in _MASK_VALUES:
             del row[name]
 
 

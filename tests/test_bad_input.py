@@ -528,7 +528,7 @@ def _(folder):
     return ask(*TURNS)
 
 
-@case("a message without content", "Message 1 (user) has no content")
+@case("a message without content", "The content of message 1 (user) is missing")
 def _(folder):
     return ask({"role": "user"})
 

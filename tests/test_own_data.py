@@ -180,6 +180,8 @@ CASES = {
     "reasoning.json": ([{"messages": [ASK, {**ANSWER, "reasoning_content": "想"}]}], Read("messages", 1, WEATHER, "message key reasoning_content (1)")),
     "placeholder.json": ([{"instruction": "a", "output": "我是 {{name}}。"}], Read("Alpaca", 1, "\n我是 {{name}}。" + END, "placeholder such as {{name}}, which is taught as it is: 1")),
     "kto.json": ([ALPACA, {**ALPACA, "kto_tag": False}], "row 2: it is marked as a bad answer (kto_tag false)"),
+    "kto numbers.csv": ("question,answer,kto_tag\na,b,1\na,b,0\n", "line 3: it is marked as a bad answer (kto_tag 0)"),
+    "class label.json": ([{**ALPACA, "label": 0}], Read("Alpaca", 1, APPLE, "column label (1)")),
     "kto label.json": ([{"messages": [ASK, ANSWER], "label": False}], "marked as a bad answer (label false)"),
     "good label.json": ([{"messages": [ASK, ANSWER], "label": True}], Read("messages", 1, WEATHER)),
     "dpo.json": ([{"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}], "'chosen' holds a preference pair: rows for DPO"),
