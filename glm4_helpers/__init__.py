@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _MODULES = (
     "errors", "paths", "profiles", "chat_format", "datasets", "models", "environment", "generation", "tracking",
-    "training", "evaluation", "plots", "widgets", "terminal_chat", "memory", "download", "export", "rehearsal", "nano",
+    "training", "evaluation", "plots", "widgets", "terminal_chat", "memory", "download", "export", "rehearsal",
     "exercises",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from . import __version__
 from .errors import CourseError
 from .profiles import get_profile, profile_names
 
-COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export", "rehearse", "course", "nano")
+COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export", "rehearse", "course")
 
 EXAMPLES = """\
 examples:
@@ -73,10 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (a check failed), 2 (an error to mend) or 130 (Ctrl-C)."""
+def main(argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 (a check failed), 2 (an error to mend) or 130 (Ctrl-C).
+
+    ``parser`` None takes the course's own commands; each command of another one sets ``run``, too.
+    """
     _write_utf8()
-    arguments = build_parser().parse_args(argv)
+    arguments = (parser or build_parser()).parse_args(argv)
     try:
         status = _run(arguments)
         sys.stdout.flush()

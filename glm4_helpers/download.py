@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .errors import CourseError, MachineError, ModelError, SettingError, first_line
 from .paths import home
-from .profiles import Profile
+from .profiles import Profile, get_profile, profile_names
 
 GIB = 2**30
 SOURCES = ("huggingface", "modelscope")
@@ -46,10 +46,11 @@ def download(
 ) -> Path:
     """Fetch the profile's base model to its folder in weights/ and return the folder.
 
-    What is there already is kept, and a file that was cut short is gone on with. ``repository`` None takes the
+    What is there already is kept, and a file that was cut short is completed. ``repository`` None takes the
     profile's; one of another name, such as a chat model to compare with, goes to weights/NAME. ``endpoint`` None takes
-    HF_ENDPOINT or MODELSCOPE_ENDPOINT, else the hub's own address. Raises SettingError for a model in the old format, MachineError for too little disk space or a hub that can't be reached, and ModelError
-    where files are missing or damaged afterwards.
+    HF_ENDPOINT or MODELSCOPE_ENDPOINT, else the hub's own address. Raises SettingError for a model in the old format,
+    MachineError for too little disk space or a hub that can't be reached, and ModelError where files are missing or
+    damaged afterwards.
     """
     repository = repository or hub_id(profile, source)
     refuse_old_name(repository)
@@ -73,7 +74,9 @@ def hub_id(profile: Profile, source: str) -> str:
         raise SettingError(f"There is no source {source!r}.", f"Use {' or '.join(SOURCES)}.")
     found = profile.hub_id if source == "huggingface" else profile.modelscope_id
     if found is None:
-        fix = "It ships with the repository." if profile.hub_id is None else "Use the other source, or give --repository."
+        fix = (
+            "It ships with the repository." if profile.hub_id is None else "Use the other source, or give --repository."
+        )
         raise SettingError(f"{profile.name} has no repository on {_NAMES[source]}.", fix)
     return found
 
@@ -87,14 +90,14 @@ def _base_model(profile: Profile, source: str, repository: str) -> str:
 
 
 def refuse_old_name(repository: str) -> None:
-    """Raise SettingError for the old-format repositories of GLM-4-9B, with the name of the one to use."""
+    """Raise SettingError for an old-format repository of any profile, with the name of the one to use."""
     owner, _, name = repository.rpartition("/")
-    if name.lower() in ("glm-4-9b", "glm-4-9b-chat", "glm-4-9b-chat-1m"):
+    if name.lower() in {old for known in profile_names() for old in get_profile(known).old_names}:
         raise _old_format(repository, f"{owner or 'zai-org'}/{name}-hf")
 
 
 def refuse_old_format(folder: Path, repository: str) -> None:
-    """Raise SettingError where config.json asks for code of its own, as the repositories without -hf do."""
+    """Raise SettingError where config.json asks for remote code, as the repositories without -hf do."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "auto_map" in config or config.get("model_type") == "chatglm":
         shutil.rmtree(folder) if _only_config(folder) else None
@@ -102,7 +105,7 @@ def refuse_old_format(folder: Path, repository: str) -> None:
 
 
 def verify(folder: Path, profile: Profile) -> None:
-    """Raise ModelError unless config, tokenizer and every shard that the index names are there and whole."""
+    """Raise ModelError unless config, tokenizer and every shard that the index names are there and complete."""
     from . import models
 
     models.check_weights(folder, profile)
@@ -124,7 +127,11 @@ def check_disk(folder: Path, files: Sequence[RemoteFile]) -> None:
 
 def remote_files(repository: str, source: str, endpoint: str | None = None) -> list[RemoteFile]:
     """The files that would be fetched, with their sizes; all of them, also those that are here already."""
-    listed = _hugging_face_files(repository, endpoint) if source == "huggingface" else _modelscope_files(repository, endpoint)
+    listed = (
+        _hugging_face_files(repository, endpoint)
+        if source == "huggingface"
+        else _modelscope_files(repository, endpoint)
+    )
     return [file for file in listed if any(fnmatch.fnmatch(file.name, pattern) for pattern in PATTERNS)]
 
 
@@ -176,8 +183,8 @@ def _readable_errors(repository: str, source: str) -> Iterator[None]:
         other = SOURCES[source == "huggingface"]
         raise MachineError(
             f"{repository} could not be downloaded from {_NAMES[source]}: {reason}",
-            f"Check name and network, and that HF_HUB_OFFLINE is unset; then run it again, what is here is kept. Or try "
-            f"a mirror (--endpoint) or --source {other}.",
+            f"Check name and network, and that HF_HUB_OFFLINE is unset; then run it again, what is here is kept. Or "
+            f"try a mirror (--endpoint) or --source {other}.",
         ) from error
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from . import memory
 from .errors import CourseError, MachineError
 from .paths import CHECKPOINTS, home
-from .profiles import Profile, get_profile, profile_names
+from .profiles import Needs, Profile, get_profile, profile_names
 
 GIB = 2**30
 
@@ -70,18 +70,6 @@ class Machine:
         """One line for the top of a notebook."""
         gpu = _gpu_text(self.gpus) if self.gpus else "no GPU"
         return f"{self.cpu}, {_count(self.cores, 'core')}, {self.memory_gib:.0f} GiB memory, {gpu}, torch {self.torch}"
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Estimates for training with a profile, in GiB; ``gpu_memory_gib`` 0 means that a CPU is enough.
-
-    With full fine-tuning, ``gpu_memory_gib`` is the sum over all GPUs.
-    """
-
-    memory_gib: float
-    gpu_memory_gib: float
-    disk_gib: float
 
 
 @dataclass(frozen=True)
@@ -143,8 +131,8 @@ def needs(profile: Profile) -> Needs:
     GPUs that share it with ZeRO-3, both together. Disk space is for the download, with a fifth to spare, and the
     checkpoints that ``train`` asks room for.
     """
-    if profile.name == "glm4-nano":
-        return Needs(memory_gib=3, gpu_memory_gib=0, disk_gib=1)
+    if profile.needs is not None:
+        return profile.needs
     shape = memory.published_shape(profile)
     sharing = {"gpus": 1} if profile.lora else {"gpus": 2, "zero_stage": 3}
     each = memory.estimate(profile, memory.setting_of(profile, **sharing), shape).total_gib

@@ -1,28 +1,30 @@
 """Before/after scores on held-out rows: right answers with intervals, stop rate, loss, and what the base still knows.
 
-glm4-nano's rows have answers that are right or wrong; the larger profiles' free text is judged by loss and stop rate.
-Answers come from generation.py; figures are drawn in plots.py. Nothing here trains or chooses anything.
+Rows with a check have answers that are right or wrong; free text is judged by loss, stop rate and exact match. Answers
+come from generation.py; figures are drawn in plots.py. Nothing here trains or chooses anything.
 """
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import json
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .callbacks import read_json
-from .chat_format import IGNORE, TERMINATOR, encode, stop_ids
-from .datasets import can_be_asked, profile_rows, split, to_messages
-from .errors import DataError, ModelError
+from .chat_format import IGNORE, TERMINATOR, encode, prompt_ids, stop_ids
+from .datasets import can_be_asked, data_source, fingerprint, local_copy, profile_rows, read_rows, split, to_messages
+from .errors import DataError, ModelError, SettingError
 from .generation import Answer, answers, continuations
 from .models import (
     adapter_off,
@@ -48,30 +50,67 @@ FREE_TEXT_ROWS = 200
 BASELINE_TERMINATOR = "<|user|>"
 """How the published chat models end an answer: with the next turn's role."""
 
-Scores = dict[str, Any]
+CHECKS = {
+    "exact": ("answers",),
+    "one_of": ("answers",),
+    "distinct_of": ("count", "members", "prefix", "suffix", "separator"),
+}
+"""The types of checks and what each of them holds."""
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Right answers out of all, with a 95 % interval; fractions from 0 to 1."""
+class Rate:
+    """`right` out of `total`: answers, stops or any other count."""
 
     right: int
     total: int
-    accuracy: float
-    low: float
-    high: float
+
+    @classmethod
+    def of(cls, hits: Iterable[bool]) -> Rate:
+        """Count booleans."""
+        values = list(hits)
+        return cls(sum(values), len(values))
+
+    @property
+    def value(self) -> float:
+        """The fraction, from 0 to 1; 0 where there is nothing to count."""
+        return self.right / self.total if self.total else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the fraction, by Wilson."""
+        return wilson_interval(self.right, self.total)
+
+    def as_dict(self) -> dict[str, float]:
+        """Right, total, accuracy, low and high, as figures and JSON hold it."""
+        low, high = self.interval
+        return {"right": self.right, "total": self.total, "accuracy": self.value, "low": low, "high": high}
+
+    def __str__(self) -> str:
+        return _percent(self.as_dict())
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """One held-out set: accuracy over all and per kind, part of the answers that stopped, loss per assistant token,
-    and every answer as it was given. `accuracy` is None for free text, which is judged by loss and stop rate only."""
+    """One held-out set.
 
-    accuracy: Accuracy | None
-    kinds: dict[str, Accuracy]
+    `accuracy` counts the rows with a check, over all and in `kinds`; `exact` the rows without one, whose whole answer
+    has to be the row's own. Either is None where the set has no such rows. `stop_rate` is the fraction of answers that
+    ended by themselves, `loss` is in nats per assistant token, `answers` holds each answer as it was given.
+    """
+
+    accuracy: Rate | None
+    exact: Rate | None
+    kinds: dict[str, Rate]
     stop_rate: float
     loss: float
     answers: tuple[dict[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The scores as JSON holds them."""
+        rates = {"accuracy": self.accuracy and self.accuracy.as_dict(), "exact": self.exact and self.exact.as_dict()}
+        kinds = {kind: rate.as_dict() for kind, rate in self.kinds.items()}
+        return {**rates, "kinds": kinds, "stop_rate": self.stop_rate, "loss": self.loss, "answers": self.answers}
 
 
 def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -85,12 +124,41 @@ def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float,
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def accuracy(right: Iterable[bool]) -> Accuracy:
-    """Count booleans into an Accuracy."""
-    values = list(right)
-    hits = sum(values)
-    low, high = wilson_interval(hits, len(values))
-    return Accuracy(hits, len(values), hits / len(values) if values else 0.0, low, high)
+def paired_test(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
+    """McNemar's exact test of two models on the same rows (McNemar 1947, Psychometrika 12:153).
+
+    Only rows on which the two differ tell them apart: those `gained` and those `lost`. `p_value` is how often a fair
+    coin, thrown for each of them, is at least as far from half and half. Returns the three. Raises DataError for rows
+    that are neither right nor wrong.
+    """
+    pairs = Counter(zip(before, after, strict=True))
+    if any(None in pair for pair in pairs):
+        raise DataError("Rows without a check are neither right nor wrong.", "Leave them out, or compare `exact`.")
+    gained, lost = pairs[False, True], pairs[True, False]
+    tail = sum(math.comb(gained + lost, heads) for heads in range(min(gained, lost) + 1))
+    return {"gained": gained, "lost": lost, "p_value": min(1.0, 2 * tail / 2 ** (gained + lost))}
+
+
+def wording_bootstrap(
+    values: Sequence[float], wordings: Sequence[Hashable], draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of a mean over rows whose wordings are a sample: whole wordings are drawn again, not rows.
+
+    Rows of one wording are right or wrong together, so an interval that counts rows is too narrow for other wordings.
+    `values` are 0 or 1 for each row, or differences between two models; `wordings` tells which wording the row has.
+    Equal seeds give equal intervals. Raises DataError for fewer than two wordings.
+    """
+    places = {wording: place for place, wording in enumerate(dict.fromkeys(wordings))}
+    if len(places) < 2:
+        raise DataError("All rows have the same wording.", "Give rows of several wordings; one can't be drawn from.")
+    sums, rows = np.zeros(len(places)), np.zeros(len(places))
+    for value, wording in zip(values, wordings, strict=True):
+        sums[places[wording]] += value
+        rows[places[wording]] += 1
+    drawn = np.random.default_rng(seed).integers(len(places), size=(draws, len(places)))
+    means = sums[drawn].sum(axis=1) / rows[drawn].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def normalised(text: str) -> str:
@@ -132,60 +200,70 @@ def evaluate_rows(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
-    batch_size: int = 64,
+    batch_size: int = 16,
     max_new_tokens: int = 200,
     terminator: str = TERMINATOR,
+    answer_batch_size: int = 32,
 ) -> SetScores:
     """Answer every row greedily and score it. Rows are as `to_messages` takes them, with `check` where an answer can be
-    right; the loss expects `terminator` after each answer."""
+    right; the loss, `batch_size` rows at a time, expects `terminator` after each answer."""
     conversations = [to_messages(row, where=f"row {number}") for number, row in enumerate(rows, 1)]
-    checked = all("check" in row for row in rows)
-    given = _answers_by_length(model, tokenizer, conversations, batch_size, max_new_tokens, checked)
-    right = [is_right(row, answer) if checked else None for row, answer in zip(rows, given, strict=True)]
-    records = tuple(
-        {
-            "id": row.get("id", str(number)),
-            "kind": row.get("kind", ""),
-            "answer": answer.text,
-            "stopped": answer.stopped,
-            "right": hit,
-        }
-        for number, (row, answer, hit) in enumerate(zip(rows, given, right, strict=True), 1)
-    )
-    kinds = sorted({row["kind"] for row in rows}) if checked else []
-    loss = assistant_token_loss(model, tokenizer, conversations, batch_size, terminator)
+    given = _answers_by_limit(model, tokenizer, rows, conversations, answer_batch_size, max_new_tokens)
+    records = []
+    for number, (row, messages, answer) in enumerate(zip(rows, conversations, given, strict=True), 1):
+        record = {"id": row.get("id", str(number)), "kind": row.get("kind") or "", "answer": answer.text}
+        record |= {"stopped": answer.stopped, "right": is_right(row, answer) if "check" in row else None}
+        if "check" not in row:
+            record["exact"] = answer.stopped and normalised(answer.text) == normalised(messages[-1]["content"])
+        records.append(record)
+    checked = [record for record in records if record["right"] is not None]
+    free = [record for record in records if record["right"] is None]
+    kinds = sorted({record["kind"] for record in checked})
     return SetScores(
-        accuracy=accuracy(right) if checked else None,
-        kinds={kind: accuracy(record["right"] for record in records if record["kind"] == kind) for kind in kinds},
+        accuracy=Rate.of(record["right"] for record in checked) if checked else None,
+        exact=Rate.of(record["exact"] for record in free) if free else None,
+        kinds={kind: Rate.of(record["right"] for record in checked if record["kind"] == kind) for kind in kinds},
         stop_rate=sum(answer.stopped for answer in given) / len(given),
-        loss=loss,
-        answers=records,
+        loss=assistant_token_loss(model, tokenizer, conversations, batch_size, terminator),
+        answers=tuple(records),
     )
 
 
-def _answers_by_length(
+def _answers_by_limit(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
     conversations: Sequence[Sequence[Mapping[str, str]]],
     batch_size: int,
     max_new_tokens: int,
-    checked: bool,
 ) -> list[Answer]:
-    """Answers in order, a batch to rows of like length.
+    """Answers in order, a batch to rows of one limit and like length.
 
-    Where answers are right or wrong (`checked`), rows with a short reference get a limit of 64 tokens, so that a base
-    model, which goes on for a hundred or more, does not cost minutes: no right answer of theirs comes near it. Stop
-    rates are within the limit.
+    Where a row has a check and short right answers, its limit is 64 tokens, so that a base model, which goes on for a
+    hundred or more, does not cost minutes: no right answer comes near it. Stop rates are within the limit.
     """
-    references = [messages[-1]["content"] for messages in conversations]
-    lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]]
+    limits = []
+    for row, messages in zip(rows, conversations, strict=True):
+        right = [messages[-1]["content"], *row.get("check", {}).get("answers", ())]
+        longest = max(len(ids) for ids in tokenizer(right, add_special_tokens=False)["input_ids"])
+        limits.append(min(64, max_new_tokens) if "check" in row and longest <= 48 else max_new_tokens)
     given: dict[int, Answer] = {}
-    for long in (False, True):
-        chosen = [index for index, length in enumerate(lengths) if (length > 48) == long]
-        limit = min(64, max_new_tokens) if checked and not long else max_new_tokens
+    for limit in sorted(set(limits)):
+        chosen = [index for index, own in enumerate(limits) if own == limit]
         wanted = [conversations[index][:-1] for index in chosen]  # without the reference answer
-        given |= zip(chosen, answers(model, tokenizer, wanted, max_new_tokens=limit, batch_size=batch_size), strict=True)
+        longest = max(len(prompt_ids(tokenizer, messages)) for messages in wanted)
+        size = _rows_that_fit(model, batch_size, longest + limit)
+        given |= zip(chosen, answers(model, tokenizer, wanted, max_new_tokens=limit, batch_size=size), strict=True)
     return [given[index] for index in range(len(conversations))]
+
+
+def _rows_that_fit(model: nn.Module, wanted: int, tokens: int) -> int:
+    """At most `wanted` rows: those whose keys and values, copied as they grow, fit into the GPU's free memory."""
+    if model.device.type != "cuda":
+        return wanted
+    config = model.config
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * model.dtype.itemsize
+    return max(1, min(wanted, torch.cuda.mem_get_info(model.device)[0] // (2 * row)))
 
 
 @torch.no_grad()
@@ -193,24 +271,30 @@ def assistant_token_loss(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Mapping[str, str]]],
-    batch_size: int = 64,
+    batch_size: int = 16,
     terminator: str = TERMINATOR,
 ) -> float:
-    """Mean cross-entropy in nats over all assistant tokens (newline, content and end) of the conversations."""
+    """Mean cross-entropy in nats over all assistant tokens (newline, content and end) of the conversations.
+
+    The logits of a batch, (`batch_size`, longest row, vocabulary), are in memory at once.
+    """
     encoded = [encode(tokenizer, messages, terminator) for messages in conversations]
     encoded.sort(key=lambda item: len(item["labels"]))
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
         width = max(len(item["labels"]) for item in batch)
-        ids = torch.tensor([item["input_ids"] + [tokenizer.pad_token_id] * (width - len(item["input_ids"])) for item in batch])
-        labels = torch.tensor([item["labels"] + [IGNORE] * (width - len(item["labels"])) for item in batch])
+        padding = [width - len(item["labels"]) for item in batch]
+        rows = [item["input_ids"] + [tokenizer.pad_token_id] * short for item, short in zip(batch, padding, strict=True)]
+        ids = torch.tensor(rows)
+        wanted = [item["labels"] + [IGNORE] * short for item, short in zip(batch, padding, strict=True)]
+        labels = torch.tensor(wanted)
         # Padding on the right is never looked back at, so no attention mask is needed.
         logits = model(input_ids=ids.to(model.device)).logits
         # Row by row: a whole batch in float32 would take gigabytes at GLM-4's vocabulary of 151,552.
-        for row, wanted in zip(logits, labels.to(logits.device), strict=True):
+        for row, target in zip(logits, labels.to(logits.device), strict=True):
             total += nn.functional.cross_entropy(
-                row[:-1].float(), wanted[1:], ignore_index=IGNORE, reduction="sum"
+                row[:-1].float(), target[1:], ignore_index=IGNORE, reduction="sum"
             ).item()
         count += int((labels[:, 1:] != IGNORE).sum())
     return total / count
@@ -221,8 +305,8 @@ def cloze_accuracy(
 ) -> dict[str, Any]:
     """What a model knows as plain text: greedy continuations of unfinished sentences.
 
-    A continuation is right when it begins with an answer and a sentence end follows. Returns `{"all": Accuracy as a
-    dict, "kinds": {...}}`.
+    A continuation is right when it begins with an answer and a sentence end follows. Returns `{"all": ..., "kinds":
+    {...}}`, each of them as `Rate.as_dict` gives it.
     """
     written = continuations(model, tokenizer, [fact["prompt"] for fact in facts], 24, "", batch_size)
     return _by_kind(facts, [_begins_with(text, fact["answers"]) for text, fact in zip(written, facts, strict=True)])
@@ -247,18 +331,65 @@ def _begins_with(text: str, accepted: Sequence[str]) -> bool:
 def _by_kind(items: Sequence[Mapping[str, Any]], right: Sequence[bool]) -> dict[str, Any]:
     kinds = sorted({item["kind"] for item in items})
     return {
-        "all": asdict(accuracy(right)),
+        "all": Rate.of(right).as_dict(),
         "kinds": {
-            kind: asdict(accuracy(hit for item, hit in zip(items, right, strict=True) if item["kind"] == kind))
+            kind: Rate.of(hit for item, hit in zip(items, right, strict=True) if item["kind"] == kind).as_dict()
             for kind in kinds
         },
     }
 
 
 def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]]:
-    """The held-out sets of one half ("dev" or "test") by name. Raises DataError for one that is absent or damaged."""
-    folder = home() / str(profile.dev_data if half == "dev" else profile.test_data)
-    return {name: _read_checked(folder / f"{name}.json") for name in SET_NAMES}
+    """The held-out sets of one half ("dev" or "test"), each named after its file: the course's or your own rows.
+
+    Rows are of any shape that `to_messages` takes; those with a `check` can be right or wrong. Raises DataError, naming
+    file and row, for rows that are absent or damaged or can't be asked, SettingError for a profile without such rows.
+    """
+    data = profile.dev_data if half == "dev" else profile.test_data
+    if data is None:
+        raise SettingError(f"{profile.name} has no {half}_data.", f"Give rows with --set {half}_data=FILE.")
+    source = data_source(data)
+    if not isinstance(source, Path):
+        return {data.rpartition("/")[2]: _held_out_rows(source, data)}
+    if not source.is_dir():
+        return {source.stem: _held_out_rows(source, data)}
+    files = [file for file in source.iterdir() if file.is_file() and file.name[0] != "." and file.suffix != ".md"]
+    absent = set(SET_NAMES) - {file.stem for file in files} if data in ("data/dev", "data/test") else ()
+    if absent:
+        raise DataError(f"{source / min(absent)}.json is not there.", _RESTORE)
+    if not files:
+        raise DataError(f"{source} holds no files of rows.", "Give a JSON or JSONL file, or a folder of such files.")
+    order = {name: place for place, name in enumerate(SET_NAMES)}  # the course's own, from easy to hard
+    files.sort(key=lambda file: (order.get(file.stem, len(order)), file.name))
+    stems = Counter(file.stem for file in files)
+    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    return {name: _held_out_rows(file, f"{data}/{file.name}") for name, file in zip(names, files, strict=True)}
+
+
+def _held_out_rows(source: str | Path, shown: str) -> list[dict[str, Any]]:
+    """The rows of one set, each of them fit to be asked and, where it has a check, judged."""
+    rows = read_rows(source)
+    for number, row in enumerate(rows, 1):
+        where = f"{shown}, row {number}"
+        if not can_be_asked(to_messages(row, where)):
+            raise DataError(f"{where} has no answer that follows a question.", "Give it both, or remove the row.")
+        if row.get("check") is None:
+            row.pop("check", None)
+        else:
+            _require_check(row["check"], where)
+    return rows
+
+
+def _require_check(check: Any, where: str) -> None:
+    kind = check.get("type") if isinstance(check, Mapping) else None
+    if kind not in CHECKS:
+        raise DataError(f"{where} has a check of the unknown type {kind!r}.", f"Use {', '.join(CHECKS)}.")
+    absent = [name for name in CHECKS[kind] if name not in check]
+    texts = check.get("answers", check.get("members"))
+    if absent or not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        example = '{"type": "one_of", "answers": ["好的。", "行。"]}'
+        problem = f"{where} has a check without {absent[0] if absent else 'a list of texts'}."
+        raise DataError(problem, f"Write it like {example}.")
 
 
 def read_plain(name: str) -> list[dict[str, Any]]:
@@ -266,16 +397,18 @@ def read_plain(name: str) -> list[dict[str, Any]]:
     return _read_checked(home() / "data" / f"{name}.json")
 
 
+_RESTORE = "Restore it (git checkout -- data) or make it again: python -m nano data"
+
+
 def _read_checked(path: Path) -> list[dict[str, Any]]:
-    fix = "Restore it (git checkout -- data) or make it again: python -m glm4_helpers nano data"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} is not there.", fix) from None
+        raise DataError(f"{path} is not there.", _RESTORE) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}", fix) from None
+        raise DataError(f"{path} is not JSON: {error}", _RESTORE) from None
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} holds no rows.", fix)
+        raise DataError(f"{path} holds no rows.", _RESTORE)
     return rows
 
 
@@ -288,7 +421,7 @@ def read_free_text(
     would drop (too long, or without an answer) are left out. The training's dev loss is measured on these rows too.
     Raises DataError where the profile holds nothing out.
     """
-    held_out = sorted(_held_out_messages(profile), key=_digest)
+    held_out = sorted(_held_out_messages(profile), key=_identity)
     limit = profile.training.max_length
     usable = (messages for messages in held_out if _is_kept(tokenizer, messages, limit))
     rows = [{"id": str(number), "messages": messages} for number, messages in zip(range(1, count + 1), usable)]
@@ -309,8 +442,20 @@ def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
     return split(profile_rows(profile, "train_data"), profile.dev_fraction, profile.training.seed)[1]["messages"]
 
 
-def _digest(messages: Sequence[Mapping[str, str]]) -> bytes:
-    return hashlib.sha256("\n".join(f"{turn['role']}\n{turn['content']}" for turn in messages).encode()).digest()
+def _identity(messages: Sequence[Mapping[str, str]]) -> str:
+    return fingerprint([{"messages": messages}])
+
+
+def training_overlap(profile: Profile, held_out: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
+    """How many of the rows have a question of the profile's training rows; None where those are on a hub only."""
+    sources = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
+    if not all(isinstance(data_source(each), Path) or local_copy(each).exists() for each in sources):
+        return None
+    rows = profile_rows(profile, "train_data")
+    if profile.dev_data is None and profile.dev_fraction:
+        rows = split(rows, profile.dev_fraction, profile.training.seed)[0]
+    trained = {_identity(messages[:-1]) for messages in rows["messages"]}
+    return sum(_identity(to_messages(row)[:-1]) in trained for rows in held_out.values() for row in rows)
 
 
 def _is_kept(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int) -> bool:
@@ -318,26 +463,28 @@ def _is_kept(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     return can_be_asked(messages) and len(encode(tokenizer, messages)["input_ids"]) <= max_length
 
 
-def scores(
+def score_model(
+    profile: Profile,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Mapping[str, Sequence[Mapping[str, Any]]],
-    batch_size: int = 64,
-    max_new_tokens: int = 200,
-    terminator: str = TERMINATOR,
-) -> Scores:
-    """All figures of one model, ready for JSON: every held-out set, and for checked rows cloze facts and plain
-    questions too, which ask for the small world that those rows are about."""
-    sets = {
-        name: asdict(evaluate_rows(model, tokenizer, rows, batch_size, max_new_tokens, terminator))
-        for name, rows in held_out.items()
-    }
-    if any(scored["accuracy"] is None for scored in sets.values()):
+    terminator: str | None = None,
+) -> dict[str, Any]:
+    """All figures of one model, ready for JSON: every held-out set, and for the course's own sets cloze facts and plain
+    questions too, which ask for the small world that those rows are about. `terminator` None is the profile's."""
+    checked = all("check" in row for rows in held_out.values() for row in rows)
+    # Free text may be as long as the answers that were trained.
+    limit = profile.max_new_tokens if checked else profile.training.max_length
+    batch, end = profile.training.evaluation_batch_size, terminator or profile.terminator
+    sets = {}
+    for name, rows in held_out.items():
+        sets[name] = evaluate_rows(model, tokenizer, rows, batch, limit, end, profile.answer_batch_size).as_dict()
+    if not set(sets) <= set(SET_NAMES):
         return {"sets": sets}
     return {
         "sets": sets,
-        "cloze": cloze_accuracy(model, tokenizer, read_plain("cloze"), batch_size),
-        "plain_questions": plain_questions_accuracy(model, tokenizer, read_plain("questions"), batch_size),
+        "cloze": cloze_accuracy(model, tokenizer, read_plain("cloze")),
+        "plain_questions": plain_questions_accuracy(model, tokenizer, read_plain("questions")),
     }
 
 
@@ -345,41 +492,46 @@ def before_after(
     profile: Profile,
     adapter_dir: Path,
     half: str = "test",
-    batch_size: int | None = None,
     row_count: int = FREE_TEXT_ROWS,
     baseline: Path | None = None,
 ) -> dict[str, Any]:
     """The base model and the fine-tuned one on the same held-out rows; `baseline` is the folder of a third model.
 
-    A profile with test data is scored in float32 on one half of it. One without (free text) is scored in its own
-    dtype and quantization on `row_count` rows that training held out, and `half` is not used. Without LoRA
-    `adapter_dir` is the folder of the trained model. `batch_size` None is the profile's for evaluation.
+    A profile with test data, the course's or your own, is scored on all rows of one half of it; one without on
+    `row_count` rows that training held out, and `half` is not used. The profile's dtype "auto" is float32 here. Without
+    LoRA `adapter_dir` is the folder of the trained model.
 
-    Returns {"profile", "half", "before", "after"} and, where asked for, "baseline"; the last three as `scores` gives
-    them, the baseline with its "name". Raises ModelError or DataError where weights, adapter or rows are absent.
+    Returns {"profile", "half", "data", "overlap", "before", "after"} and, where asked for, "baseline"; the last three
+    as `score_model` gives them, the baseline with its "name"; `overlap` as `training_overlap` does. Raises ModelError
+    or DataError where weights, adapter or rows are absent.
     """
-    batch_size = batch_size or profile.training.evaluation_batch_size
     tokenizer = load_tokenizer(profile)
-    free_text = profile.test_data is None
-    dtype, limit = (None, profile.training.max_length) if free_text else (torch.float32, 200)
     check_trained(profile, adapter_dir)
-    held_out = read_free_text(_as_trained(profile, adapter_dir), tokenizer, row_count) if free_text else read_held_out(profile, half)
+    trained = _as_trained(profile, adapter_dir)
+    free_text = profile.test_data is None
+    held_out = read_free_text(trained, tokenizer, row_count) if free_text else read_held_out(profile, half)
+    result = {
+        "profile": profile.name,
+        "half": "held-out" if free_text else half,
+        "data": trained.train_data if free_text else profile.dev_data if half == "dev" else profile.test_data,
+        "overlap": 0 if free_text else training_overlap(trained, held_out),
+    }
+    dtype = torch.float32 if profile.dtype == "auto" else None
 
-    def score(model: nn.Module) -> Scores:
-        return scores(model, tokenizer, held_out, batch_size, limit, profile.terminator)
+    def score(model: nn.Module) -> dict[str, Any]:
+        return score_model(profile, model, tokenizer, held_out)
 
-    before, after = score_both(profile, adapter_dir, dtype, score)
-    result = {"profile": profile.name, "half": "held-out" if free_text else half, "before": before, "after": after}
+    result["before"], result["after"] = score_both(profile, adapter_dir, dtype, score)
     if baseline is not None:
         other = baseline_profile(profile, baseline)
         own = load_tokenizer(other)
-        third = scores(load_base_model(other, dtype), own, held_out, batch_size, limit, _baseline_terminator(own))
+        third = score_model(profile, load_base_model(other, dtype), own, held_out, _baseline_terminator(own))
         result["baseline"] = {"name": baseline.name, **third}
     return result
 
 
 def check_trained(profile: Profile, trained: Path) -> None:
-    """Absent weights and an unfit adapter are refused before the base model, which may take minutes, is loaded."""
+    """Check weights and adapter before the slow load of the base model."""
     check_weights(base_folder(profile), profile)
     if profile.lora is None:
         check_trained_model(trained)
@@ -388,7 +540,7 @@ def check_trained(profile: Profile, trained: Path) -> None:
 
 
 def _as_trained(profile: Profile, trained: Path) -> Profile:
-    """The profile with the rows and the split of this very training: those that another holds out may be among its rows."""
+    """The profile with the data and split of this training; another split might hold out rows that it has seen."""
     record = read_json(Path(trained) / TRAINING_FILE) or read_json(Path(trained).parent / RUN_FILE)
     if record is None:
         return profile
@@ -401,27 +553,38 @@ def _as_trained(profile: Profile, trained: Path) -> Profile:
 
 
 def score_both(
-    profile: Profile, trained: Path, dtype: torch.dtype | None, score: Callable[[nn.Module], Scores]
-) -> tuple[Scores, Scores]:
-    """Scores of the base model and of the fine-tuned one. Never are two models in memory."""
+    profile: Profile, trained: Path, dtype: torch.dtype | None, score: Callable[[nn.Module], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores of the base model and of the fine-tuned one. Two models are never in memory at the same time."""
     if profile.lora is None:
         tuned = replace(profile, base_model=str(Path(trained).resolve()))
-        return score(load_base_model(profile, dtype)), score(load_base_model(tuned, dtype))
-    model = load_adapter(load_base_model(profile, dtype), trained, profile)
-    with adapter_off(model):
-        before = score(model)
-    return before, score(model)
+        before = score(load_base_model(profile, dtype))
+        _free_memory()
+        after = score(load_base_model(tuned, dtype))
+    else:
+        model = load_adapter(load_base_model(profile, dtype), trained, profile)
+        with adapter_off(model):
+            before = score(model)
+        after = score(model)
+        del model
+    _free_memory()
+    return before, after
+
+
+def _free_memory() -> None:
+    """Give back what a model held: PEFT's models are in cycles, and torch keeps a GPU's memory for itself."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def find_baseline(profile: Profile, name: str | None = None) -> Path | None:
     """The folder of a model to compare with: `name` is a folder, a name in weights/, or a profile.
 
-    None means the chat model published beside the profile's base model (weights/glm-4-9b-chat-hf for
-    weights/glm-4-9b-hf), if it is there. Raises ModelError for a name that leads to no model.
+    None means the profile's `chat_model`, if it is there. Raises ModelError for a name that leads to no model.
     """
     if name is None:
-        beside = home() / f"{profile.base_model.removesuffix('-hf')}-chat-hf"
-        return beside if (beside / "config.json").is_file() else None
+        found = profile.chat_model and home() / profile.chat_model
+        return found if found and (found / "config.json").is_file() else None
     places = [Path(name).expanduser(), home() / "weights" / name]
     if name in profile_names():
         places.append(home() / get_profile(name).base_model)
@@ -451,28 +614,35 @@ def format_table(result: Mapping[str, Any]) -> str:
     sides = [result[side] for side in ("before", "after", "baseline") if side in result]
     titles = ["before", "after", *(side["name"] for side in sides[2:])]
     lines = [_line("", titles)]
-    scored = [name for name, figures in sides[0]["sets"].items() if figures["accuracy"]]
-    for name in scored:
-        lines.append(_line(f"{name} (right)", [_percent(side["sets"][name]["accuracy"]) for side in sides]))
+    sets = sides[0]["sets"]
+    for title, key in (("right", "accuracy"), ("exact match", "exact")):
+        for name in (name for name, figures in sets.items() if figures.get(key)):
+            lines.append(_line(f"{name} ({title})", [_percent(side["sets"][name][key]) for side in sides]))
     for title, key in (("stop rate", "stop_rate"), ("loss per answer token", "loss")):
         lines.append(_line(title, [_overall(side["sets"], key) for side in sides]))
-    if not scored:
+    if not all(figures["accuracy"] for figures in sets.values()):
         lines.append(_line("perplexity", [_overall(side["sets"], "perplexity") for side in sides]))
     for title, key in (("cloze facts", "cloze"), ("plain questions", "plain_questions")):
         if key in sides[0]:
             lines.append(_line(title, [_percent(side[key]["all"]) for side in sides]))
-    return "\n".join([*lines, _rows_line(result, bool(scored))])
+    return "\n".join([*lines, *_rows_lines(result)])
 
 
-def _rows_line(result: Mapping[str, Any], scored: bool) -> str:
+def _rows_lines(result: Mapping[str, Any]) -> list[str]:
     rows = sum(len(figures["answers"]) for figures in result["before"]["sets"].values())
-    if scored:
-        return f"{rows} held-out rows of the {result['half']} half, answered through the chat format; [95 % interval]"
-    return f"{rows} rows of free text that training held out, answered through the chat format"
+    if result["half"] == "held-out":
+        return [f"{rows} rows of free text that training held out, answered through the chat format; [95 % interval]"]
+    lines = [f"{rows} held-out rows of the {result['half']} half, answered through the chat format; [95 % interval]"]
+    overlap = result.get("overlap", 0)
+    if overlap is None:
+        lines.append("not known: how many of them are among the training rows, which are not on this machine")
+    elif overlap:
+        lines.append(f"warning: {overlap} of them ask a question of the training rows, so they are not held out")
+    return lines
 
 
 def _line(title: str, cells: Sequence[str]) -> str:
-    return f"{title:24}" + "".join(f"{cell:>26}" for cell in cells)
+    return f"{title:32}" + "".join(f"{cell:>26}" for cell in cells)
 
 
 def _percent(figures: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from .errors import MachineError, ModelError, SettingError
@@ -168,28 +169,14 @@ def shape_of(config: Any) -> Shape:
     )
 
 
-_GLM_4_9B = Shape(
-    vocabulary=151_552, hidden=4096, intermediate=13_696, layers=40, heads=32, query=4096, key=256, attention_bias=True,
-    tied=False, norms=2,
-)  # fmt: skip
-_PUBLISHED = {
-    "zai-org/glm-4-9b-hf": _GLM_4_9B,
-    "zai-org/GLM-4-9B-0414": dataclasses.replace(_GLM_4_9B, norms=4),
-    "zai-org/glm-edge-1.5b-chat": Shape(
-        vocabulary=59_264, hidden=2048, intermediate=6144, layers=28, heads=16, query=2048, key=512, attention_bias=False,
-        tied=False, norms=2,
-    ),
-}  # fmt: skip
-
-
 def published_shape(profile: Profile) -> Shape:
     """The shape that the profile's model was published with, for a look at needs without loading any library.
 
-    Raises ModelError for a model that is not published under its own id.
+    Raises ModelError for a profile without one.
     """
-    if profile.hub_id not in _PUBLISHED:
-        raise ModelError(f"The shape of {profile.name} is not known here.", f"Known: {', '.join(_PUBLISHED)}.")
-    return _PUBLISHED[profile.hub_id]
+    if profile.shape is None:
+        raise ModelError(f"The shape of {profile.name} is not known here.", "Give its profile a shape in profiles.py.")
+    return shape_of(SimpleNamespace(**profile.shape))
 
 
 def setting_of(profile: Profile, **changes: Any) -> Setting:

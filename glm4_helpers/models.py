@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    Glm4Config,
     GlmConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -83,7 +82,8 @@ def load_base_model(
     check_weights(folder, profile)
     device = torch.device(device) if device is not None else default_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype or profile.dtype)}
-    _refuse_float16_gpu(profile, options["dtype"])
+    if device.type == "cuda":
+        _refuse_float16_gpu(profile, options["dtype"])
     if profile.quantization is not None:
         options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -575,8 +575,7 @@ def _check_values(adapter_dir: Path, tensors: Mapping[str, torch.Tensor]) -> Non
 def meta_model(source: Profile | PreTrainedConfig) -> PreTrainedModel:
     """The model's modules and shapes on torch's meta device: no weights, no memory, so 9B takes a second or two.
 
-    A profile whose weights are not here is built from the architecture's default config, which is GLM-4-9B's; raises
-    ModelError for one that has no such default.
+    A profile whose weights are not here is built from its `shape`; raises ModelError for one that has none.
     """
     config = source if isinstance(source, PreTrainedConfig) else model_config(source)
     with torch.device("meta"):
@@ -584,28 +583,16 @@ def meta_model(source: Profile | PreTrainedConfig) -> PreTrainedModel:
 
 
 def model_config(profile: Profile) -> PreTrainedConfig:
-    """The config in `base_folder(profile)`, else the published shape of the profile's model.
+    """The config in `base_folder(profile)`, else one of the profile's `shape`.
 
-    Raises ModelError for a model whose shape is known in neither way.
+    Raises ModelError where there is neither.
     """
     folder = base_folder(profile)
     if (folder / "config.json").is_file():
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    if profile.name == "glm-edge-1.5b":
-        return _edge_config()
-    defaults = {"GlmForCausalLM": GlmConfig, "Glm4ForCausalLM": Glm4Config}
-    if "9b" not in profile.base_model.lower() or profile.architecture not in defaults:
+    if profile.shape is None:
         raise ModelError(f"The shape of {profile.base_model} is not known here: no config.json.", _weights_fix(profile))
-    return defaults[profile.architecture]()
-
-
-def _edge_config() -> GlmConfig:
-    """GLM-Edge-1.5B's shape: 1,593,427,968 parameters. Its own config.json wins once it is downloaded."""
-    return GlmConfig(
-        vocab_size=59_264, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=128, attention_bias=False, partial_rotary_factor=1.0, rms_norm_eps=1e-5,
-        max_position_embeddings=8192, pad_token_id=59_246, eos_token_id=[59_246, 59_253, 59_255],
-    )  # fmt: skip
+    return AutoConfig.for_model(**profile.shape)
 
 
 def parameter_table(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,32 +1,89 @@
 """Profiles: which model, which data, and the settings to train it with.
 
-Settings only: nothing is loaded, and no path is checked. Data and model paths are relative to the course folder.
+All that is special about a model is in its entry here; a new model is one more entry. Settings only: nothing is loaded,
+and no path is checked. Data and model paths are relative to the course folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import os
-import types
-import typing
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from .errors import SettingError
 
 DEFAULT = "glm4-nano"
 
 
+class _Rule(NamedTuple):
+    """What a setting may be: as a test, and in the words of an error's fix."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+def _number(words: str, fits: Callable[[Any], bool], kind: Any = (int, float)) -> _Rule:
+    return _Rule(lambda value: isinstance(value, kind) and not isinstance(value, bool) and fits(value), words)
+
+
+def _or_nothing(rule: _Rule) -> _Rule:
+    return _Rule(lambda value: value is None or rule.fits(value), f"{rule.words}, or null")
+
+
+def _one_of(*choices: str, why: str = "") -> _Rule:
+    return _Rule(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}{why}")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+_COUNT = _number("a whole number of at least 1", lambda value: value >= 1, int)
+_COUNT_FROM_0 = _number("a whole number of at least 0", lambda value: value >= 0, int)
+_SEED = _number(f"a whole number from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32, int)
+_FROM_0 = _number("a number of at least 0", lambda value: 0 <= value < math.inf)
+_ABOVE_0 = _number("a number above 0", lambda value: 0 < value < math.inf)
+_FRACTION = _number("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
+_SWITCH = _Rule(lambda value: isinstance(value, bool), "true or false")
+_TEXT = _Rule(lambda value: isinstance(value, str), "text")
+_TEXTS = _Rule(_are_texts, "a list of texts, such as [one, another]")
+_SOURCES = _Rule(
+    lambda value: isinstance(value, str) or (_are_texts(value) and len(value) > 0),
+    "text, or a list such as [a.csv, b.jsonl]",
+)
+_NAMES = _Rule(
+    lambda value: isinstance(value, Mapping) and _are_texts([*value, *value.values()]),
+    "names such as {问题: instruction, 答案: output}",
+)
+_TARGETS = _Rule(
+    lambda value: _are_texts(value) and len({*value}) == len(value) > 0,
+    "a list of at least one name, each of them once, as in --set 'lora.target_modules=[q_proj, v_proj]'",
+)
+
+
+def _setting(rule: _Rule, default: Any = dataclasses.MISSING, changes_weights: bool = True) -> Any:
+    """A field that a user can set to whatever the rule allows. Fields without a rule are facts about the model.
+
+    With ``changes_weights`` False another value leaves a finished adapter valid.
+    """
+    return field(default=default, metadata={"rule": rule, "changes_weights": changes_weights})
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """LoRA: rank, scale and the names of the linear layers that get an adapter."""
 
-    r: int
-    alpha: int
-    dropout: float
-    target_modules: tuple[str, ...]
+    r: int = _setting(_COUNT)
+    alpha: int = _setting(_COUNT)
+    dropout: float = _setting(_FRACTION)
+    target_modules: tuple[str, ...] = _setting(_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -40,20 +97,35 @@ class TrainingSettings:
     ``early_stopping_patience`` ends training after so many evaluations without a lower dev loss; None never does.
     """
 
-    epochs: int | float
-    per_device_batch_size: int
-    evaluation_batch_size: int
-    gradient_accumulation_steps: int
-    learning_rate: float
-    lr_scheduler: str
-    warmup_fraction: float
-    weight_decay: float
-    max_length: int
-    evaluations_per_run: int
-    seed: int
-    gradient_checkpointing: bool
-    padding_free: bool = False
-    early_stopping_patience: int | None = None
+    epochs: int | float = _setting(_ABOVE_0)
+    per_device_batch_size: int = _setting(_COUNT)
+    evaluation_batch_size: int = _setting(_COUNT)
+    gradient_accumulation_steps: int = _setting(_COUNT)
+    learning_rate: float = _setting(_ABOVE_0)
+    # The schedules of transformers that need no settings of their own.
+    lr_scheduler: str = _setting(
+        _one_of("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+    )
+    warmup_fraction: float = _setting(_FRACTION)
+    weight_decay: float = _setting(_FROM_0)
+    max_length: int = _setting(_COUNT)
+    evaluations_per_run: int = _setting(_COUNT_FROM_0)
+    seed: int = _setting(_SEED)
+    gradient_checkpointing: bool = _setting(_SWITCH)
+    padding_free: bool = _setting(_SWITCH, False)
+    early_stopping_patience: int | None = _setting(_or_nothing(_COUNT), None)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What training with a profile takes, in GiB: ``memory_gib`` of RAM, ``gpu_memory_gib`` on GPUs, ``disk_gib``.
+
+    ``gpu_memory_gib`` 0 means that a CPU is enough; with full fine-tuning it is the sum over all GPUs.
+    """
+
+    memory_gib: float
+    gpu_memory_gib: float
+    disk_gib: float
 
 
 @dataclass(frozen=True)
@@ -61,31 +133,47 @@ class Profile:
     """One model with its data and settings. ``lora`` None means full fine-tuning.
 
     ``base_model``, ``train_data``, ``dev_data`` and ``test_data`` are paths below the course folder; ``train_data``
-    may also be a hub id, or a list of both. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held
-    out instead. ``columns`` says what columns of other names mean, such as {"问题": "instruction", "答案": "output"};
+    may also be a hub id, or a list of both. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held out
+    instead. ``columns`` says what columns of other names mean, such as {"问题": "instruction", "答案": "output"};
     ``skip_bad_rows`` leaves out rows that can't be used, where else they are an error.
+    ``answer_batch_size`` is how many rows are answered at a time when a model is scored; ``chat_model`` is the path of
+    the makers' own chat model, which is scored as well where it is there.
+
+    The facts at the end are for before a download. ``shape`` holds arguments of the model's config
+    (``AutoConfig.for_model``); None where the model ships with the course. ``needs`` None is worked out from ``shape``.
+    ``old_names`` are repositories of an old format, whose successors are called the same with ``-hf``.
     """
 
     name: str
-    title: str
-    base_model: str
-    hub_id: str | None
-    modelscope_id: str | None
-    architecture: str
-    dtype: str
-    quantization: str | None
-    lora: LoraSettings | None
-    training: TrainingSettings
-    train_data: str | tuple[str, ...]
-    dev_data: str | None
-    test_data: str | None
-    dev_fraction: float
-    sample_prompts: tuple[str, ...]
-    system_prompt: str | None
-    max_new_tokens: int
-    terminator: str = "<|endoftext|>"
-    columns: dict[str, str] | None = None
-    skip_bad_rows: bool = False
+    title: str = _setting(_TEXT, changes_weights=False)
+    base_model: str = _setting(_TEXT)
+    hub_id: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
+    modelscope_id: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
+    architecture: str = _setting(_TEXT)
+    dtype: str = _setting(_one_of("auto", "float32", "bfloat16", why=" (float16 gives NaN on GLM-4-9B)"))
+    quantization: str | None = _setting(_or_nothing(_one_of("nf4")))
+    lora: LoraSettings | None = _setting(
+        _or_nothing(_Rule(lambda value: isinstance(value, LoraSettings), "one setting at a time, as in lora.r=8"))
+    )
+    training: TrainingSettings = _setting(
+        _Rule(lambda value: isinstance(value, TrainingSettings), "one setting at a time, as in training.epochs=1")
+    )
+    # Runs compare rows by their fingerprint, not by where they are from.
+    train_data: str | tuple[str, ...] = _setting(_SOURCES, changes_weights=False)
+    dev_data: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
+    test_data: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
+    dev_fraction: float = _setting(_FRACTION)
+    sample_prompts: tuple[str, ...] = _setting(_TEXTS, changes_weights=False)
+    system_prompt: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
+    max_new_tokens: int = _setting(_COUNT, changes_weights=False)
+    terminator: str = _setting(_TEXT, "<|endoftext|>")
+    answer_batch_size: int = _setting(_COUNT, 32, changes_weights=False)
+    chat_model: str | None = _setting(_or_nothing(_TEXT), None, changes_weights=False)
+    columns: Mapping[str, str] | None = _setting(_or_nothing(_NAMES), None, changes_weights=False)
+    skip_bad_rows: bool = _setting(_SWITCH, False, changes_weights=False)
+    shape: Mapping[str, Any] | None = None
+    needs: Needs | None = None
+    old_names: tuple[str, ...] = ()
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -123,7 +211,21 @@ _NANO = Profile(
     sample_prompts=_PROMPTS,
     system_prompt=None,
     max_new_tokens=200,
+    needs=Needs(memory_gib=3, gpu_memory_gib=0, disk_gib=1),
 )
+
+_SHAPE_9B = {
+    "model_type": "glm",
+    "vocab_size": 151_552,
+    "hidden_size": 4096,
+    "intermediate_size": 13_696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
 
 # The published recipe: Alpaca-GPT4 Chinese, 5 % held out, batch 2 (4 for evaluation), 5e-4 with linear decay,
 # 512 tokens, a look at every tenth of the run. Gradient checkpointing is ours: it keeps the run below 24 GB.
@@ -158,6 +260,9 @@ _LORA_9B = Profile(
     sample_prompts=_PROMPTS,
     system_prompt=None,
     max_new_tokens=256,
+    shape=_SHAPE_9B,
+    chat_model="weights/glm-4-9b-chat-hf",
+    old_names=("glm-4-9b", "glm-4-9b-chat", "glm-4-9b-chat-1m"),
 )
 
 _PROFILES = (
@@ -169,6 +274,25 @@ _PROFILES = (
         base_model="weights/glm-edge-1.5b-chat",
         hub_id="zai-org/glm-edge-1.5b-chat",
         modelscope_id=None,
+        shape={  # 1,593,427,968 parameters
+            "model_type": "glm",
+            "vocab_size": 59_264,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "partial_rotary_factor": 1.0,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "pad_token_id": 59_246,
+            "eos_token_id": [59_246, 59_253, 59_255],
+        },
+        chat_model=None,
+        old_names=(),
     ),
     dataclasses.replace(
         _LORA_9B,
@@ -185,6 +309,9 @@ _PROFILES = (
         hub_id="zai-org/GLM-4-9B-0414",
         modelscope_id=None,
         architecture="Glm4ForCausalLM",
+        shape={**_SHAPE_9B, "model_type": "glm4"},
+        chat_model=None,
+        old_names=(),
     ),
     dataclasses.replace(
         _LORA_9B,
@@ -207,10 +334,10 @@ def get_profile(name: str | None = None, **overrides: Any) -> Profile:
     Overrides are dotted, ``**{"training.epochs": 1}``, or nested, ``training={"epochs": 1}``.
     Raises SettingError for an unknown name or key (with the nearest known one) and for a wrong value.
     """
-    chosen = name or os.environ.get("GLM4_PROFILE") or DEFAULT
+    chosen = str(name or os.environ.get("GLM4_PROFILE") or DEFAULT)
     known = {profile.name: profile for profile in _PROFILES}
     if chosen not in known:
-        raise SettingError(f"There is no profile {chosen!r}.", _suggestion(str(chosen), known))
+        raise SettingError(f"There is no profile {chosen!r}.", _suggestion(chosen, known))
     profile = known[chosen]
     for key, value in flat_settings(overrides).items():
         profile = _replaced(profile, key, value)
@@ -218,8 +345,15 @@ def get_profile(name: str | None = None, **overrides: Any) -> Profile:
 
 
 def profile_settings(profile: Profile) -> dict[str, Any]:
-    """The profile as a dict that JSON can hold: nested like the dataclasses, tuples as lists."""
-    return _plain(dataclasses.asdict(profile))
+    """The profile's name and settings as a dict that JSON can hold: nested like the dataclasses, tuples as lists."""
+    settings = json.loads(json.dumps(dataclasses.asdict(profile)))
+    return {key: value for key, value in settings.items() if key in ("name", *_SETTINGS)}
+
+
+def changes_weights(key: str) -> bool:
+    """Whether another value of the setting with this dotted key gives other trained weights."""
+    setting = _SETTINGS.get(key) or _SETTINGS.get(key.partition(".")[0])
+    return setting is None or setting.metadata["changes_weights"]
 
 
 def settings_from_yaml(path: str | Path) -> dict[str, Any]:
@@ -227,40 +361,36 @@ def settings_from_yaml(path: str | Path) -> dict[str, Any]:
 
     ``profile: NAME`` in the file chooses the profile. Raises SettingError naming file and key.
     """
-    content = _read_yaml(Path(path))
-    name = content.pop("profile", None)
-    if name is not None and name not in profile_names():
-        raise SettingError(f"{path}: there is no profile {name!r}.", _suggestion(str(name), profile_names()))
-    settings = flat_settings(content)
-    for key, value in settings.items():
-        try:
-            _replaced(get_profile(name), key, value)
-        except SettingError as error:
-            raise SettingError(f"{path}: {error.problem}", error.fix) from None
-    return settings if name is None else {"name": name, **settings}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import re
-
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Reads 5e-4 as a number, as YAML 1.2 does; PyYAML alone takes it for text."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
     example = "Write it as key: value lines, such as training.epochs: 1."
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        content = yaml_value(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingError(f"{path} can't be read: {error.strerror}.", "Give the path of a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is not YAML: {' '.join(str(error).split())}.", example) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise SettingError(f"{path} holds no settings.", example)
-    return content
+    name = content.pop("profile", None)
+    settings = flat_settings(content)
+    try:
+        get_profile(name, **settings)
+    except SettingError as error:
+        raise SettingError(f"{path}: {error.problem}", error.fix) from None
+    return settings if name is None else {"name": name, **settings}
+
+
+def yaml_value(text: str) -> Any:
+    """What YAML text means. Reads 5e-4 as a number, as YAML 1.2 does; PyYAML alone takes it for text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return yaml.load(text, Loader)
 
 
 def flat_settings(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -274,102 +404,31 @@ def flat_settings(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, A
     return flat
 
 
+_SETTINGS = {
+    prefix + setting.name: setting
+    for prefix, owner in (("", Profile), ("lora.", LoraSettings), ("training.", TrainingSettings))
+    for setting in dataclasses.fields(owner)
+    if "rule" in setting.metadata
+}
+"""The field of each setting under its dotted key."""
+
+
 def _replaced(profile: Profile, key: str, value: Any) -> Profile:
-    """``profile`` with the setting at the dotted ``key`` changed."""
-    group, _, field = key.rpartition(".")
-    if key not in _known_keys():
-        raise SettingError(f"There is no setting {key!r}.", _suggestion(key, _known_keys()))
-    if not group:
-        return dataclasses.replace(profile, **{key: _checked(Profile, key, key, value)})
-    settings = getattr(profile, group)
+    """``profile`` with the setting at the dotted ``key`` changed. Raises SettingError."""
+    if key not in _SETTINGS:
+        raise SettingError(f"There is no setting {key!r}.", _suggestion(key, _SETTINGS))
+    group, _, name = key.rpartition(".")
+    settings = getattr(profile, group) if group else profile
     if settings is None:
         raise SettingError(
             f"{key} can't be set: profile {profile.name} trains all weights, without LoRA.",
             f"Remove {key}, or take a LoRA profile such as {DEFAULT}.",
         )
-    changed = dataclasses.replace(settings, **{field: _checked(type(settings), field, key, value)})
-    return dataclasses.replace(profile, **{group: changed})
-
-
-def _known_keys() -> list[str]:
-    keys = [field.name for field in dataclasses.fields(Profile) if field.name != "name"]
-    keys += [f"lora.{field.name}" for field in dataclasses.fields(LoraSettings)]
-    return keys + [f"training.{field.name}" for field in dataclasses.fields(TrainingSettings)]
-
-
-_AT_LEAST_ONE = {
-    "r", "alpha", "per_device_batch_size", "evaluation_batch_size", "gradient_accumulation_steps", "max_length",
-    "max_new_tokens",
-}  # fmt: skip
-_FRACTIONS = {"dropout", "warmup_fraction", "dev_fraction"}
-_CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16"),
-    "quantization": (None, "nf4"),
-    # Those of transformers that need no settings of their own.
-    "lr_scheduler": ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
-}
-
-
-def _checked(owner: type, field: str, key: str, value: Any) -> Any:
-    """``value`` if it suits the field, lists as tuples. Raises SettingError."""
-    hint = typing.get_type_hints(owner)[field]
-    if not _fits(hint, value):
-        raise SettingError(
-            f"{key} can't be {value!r} of type {type(value).__name__}.", f"Give {_type_name(hint)} for {key}."
-        )
-    value = tuple(value) if isinstance(value, list) else value
-    if field in _CHOICES and value not in _CHOICES[field]:
-        choices = ", ".join(str(choice) for choice in _CHOICES[field])
-        why = " (float16 gives NaN on GLM-4-9B)" if field == "dtype" else ""
-        raise SettingError(f"{key} can't be {value!r}.", f"Use one of {choices}{why}.")
-    rule = _broken_rule(field, value)
-    if rule:
-        raise SettingError(f"{key} can't be {value!r}.", f"Give {key} {rule}.")
-    return value
-
-
-def _broken_rule(field: str, value: Any) -> str:
-    """What the value should have been, or an empty string."""
-    if field in _AT_LEAST_ONE and not value >= 1:
-        return "a value of at least 1"
-    if field == "early_stopping_patience" and value is not None and not value >= 1:
-        return "a value of at least 1, or null"
-    if field in {"epochs", "learning_rate"} and not 0 < value < float("inf"):
-        return "a value above 0"
-    if field in _FRACTIONS and not 0 <= value < 1:
-        return "a value from 0 up to, but not including, 1"
-    if field == "seed" and not 0 <= value < 2**32:
-        return f"a value from 0 to {2**32 - 1}"
-    if field in {"weight_decay", "evaluations_per_run"} and not value >= 0:
-        return "a value of at least 0"
-    return "at least one name" if field == "target_modules" and not value else ""
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return any(_fits_one(option, value) for option in options)
-
-
-def _fits_one(option: Any, value: Any) -> bool:
-    if typing.get_origin(option) is tuple:
-        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-    if typing.get_origin(option) is dict:
-        return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
-    if option in (int, float):
-        return isinstance(value, (int, option)) and not isinstance(value, bool)
-    return isinstance(value, option)
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing (null)"}
-    if typing.get_origin(hint) is tuple:
-        return "a list of names"
-    if typing.get_origin(hint) is dict:
-        return "names such as {问题: instruction, 答案: output}"
-    if isinstance(hint, types.UnionType):
-        options = [option for option in typing.get_args(hint) if not (option is int and float in typing.get_args(hint))]
-        return " or ".join(_type_name(option) for option in options)
-    return names.get(hint, f"a {hint.__name__}")
+    rule = _SETTINGS[key].metadata["rule"]
+    if not rule.fits(value):
+        raise SettingError(f"{key} can't be {value!r}.", f"Give {rule.words}.")
+    changed = dataclasses.replace(settings, **{name: tuple(value) if isinstance(value, list) else value})
+    return dataclasses.replace(profile, **{group: changed}) if group else changed
 
 
 def _suggestion(unknown: str, known: Iterable[str]) -> str:
@@ -381,9 +440,3 @@ def _suggestion(unknown: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(unknown, known, 1, 0.8)
     near += [last_parts[part] for part in difflib.get_close_matches(last_part, last_parts, 1)]
     return f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(known)}."
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -118,7 +118,7 @@ def _find(source: str | Path) -> Path | None:
         return None
     raise DataError(
         f"{source} was not found.",
-        "Check the path. The course's own rows come with the clone; `python -m glm4_helpers nano data` writes them.",
+        "Check the path. The course's own rows come with the clone; `python -m nano data` writes them.",
     )
 
 

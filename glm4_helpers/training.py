@@ -46,7 +46,7 @@ from .datasets import can_be_asked, encode_rows, fingerprint, profile_rows, spli
 from .environment import launched_zero_stage, machine, require_room
 from .errors import SettingError
 from .paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, share_weights, shown
-from .profiles import Profile, flat_settings, profile_settings
+from .profiles import Profile, changes_weights, flat_settings, profile_settings
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer  # slow to import, and not needed to load what is finished
@@ -58,12 +58,6 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 DEV_QUESTIONS = 14
 """Questions of dev rows that are answered at each checkpoint, beside the profile's sample prompts."""
-
-_NO_EFFECT = {
-    "title", "hub_id", "modelscope_id", "test_data", "train_data", "dev_data", "sample_prompts", "system_prompt",
-    "max_new_tokens", "columns", "skip_bad_rows",
-}  # fmt: skip
-"""Settings of a profile that the trained weights do not depend on; rows are compared by their fingerprint."""
 
 _SAME = "settings, rows, base model and versions are the same"
 
@@ -263,7 +257,7 @@ def _facts(profile: Profile, train: Dataset, dev: Dataset | None) -> dict[str, A
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What separates two runs, in words; empty where nothing that matters does."""
     old, new = flat_settings(before), flat_settings(now)
-    names = [name for name in {**old, **new} if name.removeprefix("profile.") not in _NO_EFFECT]
+    names = [name for name in {**old, **new} if changes_weights(name.removeprefix("profile."))]
     changed = [name for name in names if old.get(name) != new.get(name)]
     return "; ".join(
         f"{name.removeprefix('profile.')} was {_brief(old.get(name))} and is {_brief(new.get(name))}" for name in changed

@@ -62,7 +62,7 @@ def nano_tokenizer():
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(NANO)
-    from glm4_helpers.nano.pretrain import build_tokenizer
+    from nano.pretrain import build_tokenizer
 
     return build_tokenizer(string.printable + COMMON_CHINESE)
 

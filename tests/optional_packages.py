@@ -3,7 +3,6 @@
 A test asks here for the one it needs; where it is absent the test fails in CI and is skipped elsewhere.
 """
 
-import importlib
 import importlib.util
 import os
 import sys
@@ -13,6 +12,7 @@ import pytest
 
 APART = Path(sys.prefix) / "packages-for-tests"
 LM_EVAL = Path(sys.prefix) / "lm-eval"
+TRANSFORMERS_4 = Path(sys.prefix) / "transformers-4"
 
 
 def python_path(package):
@@ -25,13 +25,24 @@ def python_path(package):
     return os.pathsep.join(paths)
 
 
-def import_from_lm_eval(module, monkeypatch):
-    """A module of lm-eval in this process, for the length of one test."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(LM_EVAL)])
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        return _absent(f'{error.name} is not installed: python -m pip install -e ".[evaluation]"')
+def lm_eval():
+    """PYTHONPATH for a process that runs lm-eval."""
+    if LM_EVAL.is_dir():
+        return _in_front(LM_EVAL)
+    if importlib.util.find_spec("lm_eval") is None:
+        _absent('lm-eval is not installed: python -m pip install -e ".[evaluation]"')
+    return os.environ.get("PYTHONPATH", "")
+
+
+def transformers_4():
+    """PYTHONPATH for a process in which transformers is version 4."""
+    if not TRANSFORMERS_4.is_dir():
+        _absent(f"transformers 4 is not in {TRANSFORMERS_4}; .ci/run says how it gets there")
+    return _in_front(TRANSFORMERS_4)
+
+
+def _in_front(folder):
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _absent(reason):

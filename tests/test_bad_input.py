@@ -624,16 +624,6 @@ def _(folder):
     return command("evaluate", "--profile", "glm-4-9b-lora", "--half", "dev")
 
 
-@case("held-out rows for a public benchmark", "--half and --rows can't be used with --harness")
-def _(folder):
-    return command("evaluate", "--half", "dev", "--rows", "5", "--harness", "ceval-valid_law")
-
-
-@case("options of public benchmarks without a benchmark", "--limit", "--harness only")
-def _(folder):
-    return command("evaluate", "--limit", "5")
-
-
 @case("a check of a model that is not the profile's", "--check", "not allowed with", "--repository")
 def _(folder):
     return command("download", "--repository", "zai-org/glm-4-9b-chat-hf", "--check")
@@ -667,11 +657,6 @@ def _(folder):
 @case("a rehearsal in a folder with files in it", "data is not empty", "nothing was overwritten")
 def _(folder):
     return command("rehearse", "--layers", "1", "--folder", folder / "data")
-
-
-@case("data written into what is a file", "results", "Not a directory")
-def _(folder):
-    return command("nano", "data", "--documents", "20", "--output", save(folder / "results", "mine"))
 
 
 # The environment

@@ -20,7 +20,7 @@ from conftest import ROOT
 from test_notebooks import write_few_rows
 from tiny_models import save_model, tiny_glm
 
-from glm4_helpers.nano.pretrain import build_tokenizer
+from nano.pretrain import build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -494,17 +494,59 @@ def assert_no_element_was_made(page) -> None:
     assert page.title() != "owned"
 
 
-def test_what_a_model_says_is_shown_as_text(browser, lab, courses):
+@pytest.fixture(scope="module")
+def box_alone(browser, lab, courses):
+    """A notebook with nothing but a chat box, whose model answers everything with HTML."""
     home = courses / "says html"
     home.mkdir()
     html_course(home)
     with opened(browser, lab[0], home / "notebooks" / "chat.ipynb") as page:
         run_all(page)
         wait_until_run(page)
-        ask(page, "你好")
-        wait_until_ready(page)
-        assert shown_answers(page) == {"base": SAID_BY_MODEL}
-        assert_no_element_was_made(page)
+        yield page
+
+
+def test_what_a_model_says_is_shown_as_text(box_alone):
+    ask(box_alone, "你好")
+    wait_until_ready(box_alone)
+    assert shown_answers(box_alone) == {"base": SAID_BY_MODEL}
+    assert_no_element_was_made(box_alone)
+
+
+def test_lines_break_by_shift_enter_and_in_pastes_and_enter_sends(box_alone):
+    page = box_alone
+    message(page).focus()
+    page.keyboard.type("天")
+    page.keyboard.press("Shift+Enter")
+    paste(page, "苹果\n\n香蕉\n")
+    page.keyboard.type("人")
+    time.sleep(1)
+    assert message(page).input_value() == "天\n苹果\n\n香蕉\n人" and "天" not in said(page)
+    page.keyboard.press("Enter")
+    wait_until(lambda: "天\n苹果\n\n香蕉\n人" in said(page), "the question with its line breaks")
+    wait_until(lambda: message(page).input_value() == "", "the empty box")
+    wait_until_ready(page)
+
+
+def paste(page, text: str) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate("text => navigator.clipboard.writeText(text)", text)
+    page.keyboard.press("Control+v")
+
+
+def test_the_enter_of_an_input_method_sends_nothing(box_alone):
+    page = box_alone
+    message(page).focus()
+    keys = page.context.new_cdp_session(page)
+    keys.send("Input.imeSetComposition", {"text": "ping'guo", "selectionStart": 8, "selectionEnd": 8})
+    for kind in ("rawKeyDown", "keyUp"):
+        keys.send("Input.dispatchKeyEvent", {"type": kind, "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229})
+    keys.send("Input.insertText", {"text": "苹果汁"})
+    time.sleep(1)
+    assert message(page).input_value() == "苹果汁" and "苹果汁" not in said(page)
+    page.keyboard.press("Enter")
+    wait_until(lambda: "苹果汁" in said(page), "the question")
+    wait_until_ready(page)
 
 
 def test_a_text_typed_before_the_focus_went_elsewhere_is_sent_by_enter(page):
@@ -539,7 +581,11 @@ def test_by_keyboard_alone_in_the_dark_theme(browser, lab, trained_course):
         assert int(red) > 150
         stop_with_keys(page, a_long_question(trained_course))
         change_settings_with_keys(page)
-        ask_with_keys(page, "你好")
+        tab_to(page, "Message")
+        page.keyboard.type("你好")
+        tab_to(page, "Send")
+        page.keyboard.press("Enter")
+        wait_until(lambda: "你好" in said(page), "the question in the log")
         wait_until_ready(page)
         assert list(shown_answers(page)) == ["base"] and "(cut at the length limit)" in said(page)
 
@@ -597,7 +643,7 @@ def stop_with_keys(page, question: str) -> None:
 def change_settings_with_keys(page) -> None:
     tab_to(page, "Answers")
     page.keyboard.press("End")  # the last choice: base
-    tab_to(page, "Longest answer")
+    tab_to(page, "Longest answer (tokens)")
     page.keyboard.press("Control+a")
     page.keyboard.type("3")
 

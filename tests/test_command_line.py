@@ -24,7 +24,6 @@ OPTIONS = {
     "train": ["--profile", "--config", "--set", "--output", "--seed", "--force", "--no-resume", "--tracking", "--json"],
     "evaluate": ["--profile", "--half", "--adapter", "--seeds", "--json"],
     "chat": ["--profile", "--adapter", "--base", "--system", "--temperature", "--max-new-tokens"],
-    "nano": ["data", "pretrain"],
 }
 
 
@@ -256,9 +255,9 @@ def test_chat_hands_its_options_on(monkeypatch, tmp_path):
     chat = replaced_with_a_double(monkeypatch, terminal_chat, "run_chat", 0)
     options = ["--temperature", "0.6", "--system", "请简短。", "--max-new-tokens", "9", "--adapter", str(tmp_path)]
     assert command_line.main(["chat", *options]) == 0
-    (profile, adapter), keywords = chat.call_args
-    assert (profile.name, adapter) == ("glm4-nano", tmp_path)
-    assert (keywords["temperature"], keywords["system"], keywords["max_new_tokens"]) == (0.6, "请简短。", 9)
+    profile, adapter, sampling, system, delimiter = chat.call_args.args
+    assert (profile.name, adapter, system, delimiter) == ("glm4-nano", tmp_path, "请简短。", None)
+    assert (sampling.temperature, sampling.max_new_tokens) == (0.6, 9)
     assert command_line.main(["chat", "--base"]) == 0
     assert chat.call_args.args[1] is None
 
@@ -307,10 +306,3 @@ def test_evaluate_over_seeds_trains_each_in_its_own_folder(monkeypatch, tmp_path
     assert printed["summary"]["unseen_rows accuracy"] == {"median": 0.9, "worst": 0.9}
     folders = [call.kwargs["output_dir"] for call in train.call_args_list]
     assert len(set(folders)) == 2
-
-
-def test_nano_data_writes_every_file_and_prints_its_digest(tmp_path, capsys):
-    assert command_line.main(["nano", "data", "--output", str(tmp_path), "--documents", "20", "--json"]) == 0
-    digests = json.loads(capsys.readouterr().out)
-    assert {"train.json", "cloze.json", "pretrain.txt"} <= set(digests)
-    assert all((tmp_path / name).is_file() for name in digests)

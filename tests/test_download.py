@@ -81,7 +81,9 @@ def test_an_interrupted_download_goes_on_and_keeps_what_is_there(published, cour
         assert checked.returncode == 2 and first in checked.stderr and "download" in checked.stderr
         server.asked.clear()
         assert run(course, HF_ENDPOINT=server.url).returncode == 0
-        fetched = {line.split("/")[-1].split()[0] for line in server.asked if line.startswith("GET") and "/resolve/" in line}
+        fetched = {
+            line.split("/")[-1].split()[0] for line in server.asked if line.startswith("GET") and "/resolve/" in line
+        }
     assert {name for name in fetched if name.endswith(".safetensors")} == {first}
 
 

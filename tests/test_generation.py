@@ -4,13 +4,20 @@ import logging
 import random
 import threading
 import time
+from functools import cache
 
 import pytest
 import torch
 from glm4_helpers.chat_format import prompt_ids, stop_ids
 from glm4_helpers.errors import DataError, SettingError
-from glm4_helpers.generation import Answer, answers, continuations, fit_history, stream
+from glm4_helpers.generation import Answer, Sampling, _pieces, answers, continuations, fit_history, stream
+from glm4_helpers.tokenizer_building import glm4_tokenizer
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from tiny_models import CHARACTERS, tiny_glm, tiny_tokenizer, write_only
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import GenerationConfig
 
 
@@ -56,7 +63,7 @@ def force(model, tokenizer, monkeypatch, ids):
 def test_greedy_answers_do_not_depend_on_the_batch_size(model, tokenizer, penalty):
     conversations = some_conversations(64)
     results = [
-        answers(model, tokenizer, conversations, 24, batch_size=size, repetition_penalty=penalty) for size in (1, 7, 64)
+        answers(model, tokenizer, conversations, 24, Sampling(repetition_penalty=penalty), size) for size in (1, 7, 64)
     ]
     assert results[0] == results[1] == results[2]
     assert len({answer.text for answer in results[0]}) > 50
@@ -113,7 +120,8 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state_alone(rambling, t
     conversations = some_conversations(4)
     before = torch.random.get_rng_state()
     first, again, other = (
-        answers(rambling, tokenizer, conversations, 20, temperature=2.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)
+        answers(rambling, tokenizer, conversations, 20, Sampling(temperature=2.0, top_p=1.0, seed=seed))
+        for seed in (1, 1, 2)
     )
     assert first == again != other
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -128,13 +136,28 @@ def test_a_model_in_training_answers_without_dropout_and_goes_on_training(tokeni
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0},
-     {"repetition_penalty": 0}, {"batch_size": 0}],
+    ("name", "value"),
+    [("temperature", -1), ("temperature", float("nan")), ("temperature", "0.6"), ("top_p", 0), ("top_p", 1.1),
+     ("max_new_tokens", 0), ("max_new_tokens", 2.5), ("repetition_penalty", 0), ("repetition_penalty", float("inf")),
+     ("seed", -1), ("seed", 2**32)],
 )  # fmt: skip
-def test_settings_out_of_range_name_the_setting(model, tokenizer, setting):
-    with pytest.raises(SettingError, match=next(iter(setting))):
-        answers(model, tokenizer, [user("你好")], **setting)
+def test_settings_out_of_range_name_the_setting_and_its_range(name, value):
+    with pytest.raises(SettingError, match=f"{name} can't be") as raised:
+        Sampling(**{name: value})
+    assert raised.value.fix.startswith(f"Give {name} as ")
+
+
+def test_a_length_or_a_batch_out_of_range_is_refused_where_it_is_given(model, tokenizer):
+    for call in (answers, stream):
+        with pytest.raises(SettingError, match="max_new_tokens"):
+            call(model, tokenizer, user("你好") if call is stream else [user("你好")], 0)
+    with pytest.raises(SettingError, match="batch_size"):
+        answers(model, tokenizer, [user("你好")], batch_size=0)
+
+
+def test_the_length_given_to_a_call_wins_over_that_of_the_sampling(rambling, tokenizer):
+    assert [answer.token_count for answer in answers(rambling, tokenizer, [user("你好")], 3, Sampling(9))] == [3]
+    assert [answer.token_count for answer in answers(rambling, tokenizer, [user("你好")], sampling=Sampling(9))] == [9]
 
 
 def test_a_conversation_that_ends_in_an_answer_is_refused_before_anything_runs(model, tokenizer):
@@ -191,6 +214,57 @@ def test_bytes_that_never_become_a_character_are_shown_in_the_end(model, tokeniz
     broken = tokenizer("鑫", add_special_tokens=False)["input_ids"][:2]
     force(model, tokenizer, monkeypatch, [*broken, tokenizer.eos_token_id])
     assert "".join(stream(model, tokenizer, user("你好"), 40)) == "\ufffd\ufffd"
+
+
+BACKENDS = {"byte tokens for rare characters": tiny_tokenizer, "bytes throughout": lambda: byte_level_tokenizer()}
+WRITTEN = ["苹果", "👨‍👩‍👧‍👦", "e\u0301", "\u0915\u094d\u0937", "龘鑫😀", " ", "\n", "\ufffd", "a b", "🇨🇳", "，", "\u200b"]
+
+
+def byte_level_tokenizer():
+    """GLM-4's own kind: every token is a run of bytes, and a rare character takes several."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=300)
+    backend.train_from_iterator(["苹果苹果你好你好"], letters)
+    return glm4_tokenizer(backend)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@given(parts=st.lists(st.sampled_from(WRITTEN) | st.text(max_size=4), max_size=8))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_pieces_join_to_what_decode_gives_and_hold_whole_characters(kind, parts):
+    tokenizer = kept(kind)
+    ids = tokenizer("".join(parts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    pieces = list(_pieces(tokenizer, ids))
+    assert "".join(pieces) == tokenizer.decode(ids) == "".join(parts)
+    if "\ufffd" not in "".join(parts):
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(data=st.data())
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_pieces_of_any_ids_join_to_what_decode_gives(data):
+    tokenizer = kept("bytes throughout")
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
+    assert "".join(_pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@given(data=st.data())
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_broken_bytes_never_take_a_character_away_that_was_shown(data):
+    tokenizer = kept("byte tokens for rare characters")
+    numbers = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    rare = tokenizer("鑫😀你", add_special_tokens=False)["input_ids"]
+    ids = data.draw(st.lists(st.sampled_from(numbers + rare * 20), max_size=30))
+    pieces, decoded = list(_pieces(tokenizer, ids)), tokenizer.decode(ids)
+    rest = iter("".join(pieces))
+    assert all(character in rest for character in decoded if character != "\ufffd"), "a character is lost"
+    assert ("\ufffd" in decoded) == ("\ufffd" in "".join(pieces))
+
+
+@cache
+def kept(kind):
+    return BACKENDS[kind]()
 
 
 def test_an_event_from_another_thread_stops_the_stream_at_once(rambling, tokenizer):

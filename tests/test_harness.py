@@ -1,16 +1,16 @@
-"""Public benchmarks through lm-eval: a small task of our own, offline; skipped where the optional package is absent."""
+"""The README's lines for public benchmarks: lm-eval itself with glm4-nano and an adapter, on a small task, offline."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 
 import pytest
-import torch
-from optional_packages import import_from_lm_eval
-from tiny_models import save_live_adapter, save_model, tiny_glm, tiny_tokenizer
+from conftest import NANO, ROOT
+from optional_packages import lm_eval
+from tiny_models import save_live_adapter
 
-from glm4_helpers import harness
-from glm4_helpers.__main__ import main
-from glm4_helpers.errors import DataError, MachineError
 from glm4_helpers.profiles import get_profile
 
 QUESTIONS = [{"question": f"{number}等于多少？", "A": "苹果", "B": "香蕉", "answer": "AB"[number % 2]} for number in range(8)]
@@ -30,82 +30,57 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
+# lm-eval's own command line, telling on the way with which two ids each text begins.
+SPY = """
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.models.huggingface import HFLM
+
+ask = HFLM._model_call
+
+def spy(self, inps, *arguments, **keywords):
+    print("FIRST", *inps[:, :2].tolist(), sep="; ")
+    return ask(self, inps, *arguments, **keywords)
+
+HFLM._model_call = spy
+cli_evaluate()
+"""
 
 
-@pytest.fixture
-def course(tmp_path, monkeypatch):
-    """A tiny model with the 9B profile's name and settings, an adapter for it, and a task."""
-    monkeypatch.setenv("GLM4_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    tokenizer = tiny_tokenizer()
-    save_model(tmp_path / "weights" / "glm-4-9b-hf", tiny_glm(tokenizer).to(torch.bfloat16), tokenizer)
-    profile = get_profile("glm-4-9b-lora")
-    save_live_adapter(tmp_path / "adapter", profile, std=1.0)
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "questions.json").write_text(json.dumps(QUESTIONS, ensure_ascii=False), encoding="utf-8")
-    task = TASK.format(data=tmp_path / "tasks" / "questions.json")
-    (tmp_path / "tasks" / "little_quiz.yaml").write_text(task, encoding="utf-8")
-    return tmp_path
+def readme_lines(name):
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    return re.findall(r"^python -m lm_eval (--model .*)$", text, re.MULTILINE)
 
 
-def evaluate(course, *options):
-    line = ["evaluate", "--profile", "glm-4-9b-lora", "--adapter", str(course / "adapter"), "--json"]
-    return main([*line, "--tasks", str(course / "tasks"), "--harness", *options])
-
-
-@pytest.mark.slow
-def test_a_task_is_scored_before_and_after(course, capsys, monkeypatch):
-    HFLM = import_from_lm_eval("lm_eval.models.huggingface", monkeypatch).HFLM
-    seen = []
-    ask = HFLM._model_call
-
-    def spy(self, inps, *arguments, **keywords):
-        seen.extend(inps[:, :2].tolist())
-        return ask(self, inps, *arguments, **keywords)
-
-    monkeypatch.setattr(HFLM, "_model_call", spy)
-    assert evaluate(course, "little_quiz", "--limit", "6") == 0
-    result = json.loads(capsys.readouterr().out)
-    accuracies = [result[side]["little_quiz"]["acc"] for side in ("before", "after")]
-    assert all(0 <= accuracy <= 1 and round(accuracy * 6, 6) % 1 == 0 for accuracy in accuracies)
-    prefix = tiny_tokenizer().convert_tokens_to_ids(["[gMASK]", "<sop>"])
-    assert seen and all(first == prefix for first in seen), "the model's prefix stands in front of every text"
-    assert "little_quiz" in harness.format_tasks(result) and "±" in harness.format_tasks(result)
+def test_both_readmes_show_the_same_lines():
+    lines = readme_lines("README.md")
+    assert [("peft=" in line) for line in lines] == [False, True]
+    assert lines == readme_lines("README.zh.md")
 
 
 @pytest.mark.slow
-def test_unknown_tasks_and_data_that_cannot_be_fetched_are_named(course, capsys, monkeypatch):
-    import_from_lm_eval("lm_eval", monkeypatch)
-    assert evaluate(course, "no_such_task") == 2
-    error = capsys.readouterr().err
-    assert "no task 'no_such_task'" in error and "lm-eval ls tasks" in error
-    assert evaluate(course, "ceval-valid_law", "--limit", "2") == 2
-    error = capsys.readouterr().err
-    assert "could not run ceval-valid_law" in error and "HF_HUB_OFFLINE" in error
-
-
-def test_without_lm_eval_the_error_names_the_extra(course, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert evaluate(course, "ceval-valid") == 2
-    assert '".[evaluation]"' in capsys.readouterr().err
-    with pytest.raises(MachineError, match="lm-eval"):
-        harness.before_after_tasks(get_profile("glm-4-9b-lora"), course / "adapter", ["ceval-valid"])
-
-
-def test_a_task_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere"):
-        harness.before_after_tasks(
-            get_profile("glm-4-9b-lora"), tmp_path, ["ceval-valid"], task_folder=tmp_path / "nowhere"
+def test_the_readmes_lines_score_a_task_before_and_after(tmp_path, nano_tokenizer):
+    path = lm_eval()
+    save_live_adapter(tmp_path / "adapter", get_profile("glm4-nano"), std=1.0)
+    (tmp_path / "questions.json").write_text(json.dumps(QUESTIONS, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "little_quiz.yaml").write_text(TASK.format(data=tmp_path / "questions.json"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": path, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    prefix = nano_tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    scored = []
+    for number, line in enumerate(readme_lines("README.md")):
+        for given, ours in (
+            ("weights/glm-4-9b-hf", NANO), ("outputs/glm-4-9b-lora/adapter", tmp_path / "adapter"),
+            ("ceval-valid_law", "little_quiz"), ("--limit 50", "--limit 6"),
+        ):  # fmt: skip
+            line = line.replace(given, str(ours))
+        words = [*line.split(), "--include_path", str(tmp_path), "--output_path", str(tmp_path / f"{number}.json")]
+        done = subprocess.run(
+            [sys.executable, "-c", SPY, *words], env=environment, capture_output=True, text=True, encoding="utf-8"
         )
-
-
-@pytest.mark.slow
-def test_a_task_without_accuracy_is_refused_instead_of_an_empty_table(course, capsys, monkeypatch):
-    import_from_lm_eval("lm_eval", monkeypatch)
-    task = TASK.format(data=course / "tasks" / "questions.json").replace("little_quiz", "little_answers")
-    kept = [line for line in task.splitlines() if not line.startswith(("doc_to_choice", "doc_to_target"))]
-    text = "\n".join(kept).replace("multiple_choice", "generate_until").replace("metric: acc", "metric: exact_match")
-    text += '\ndoc_to_target: "{{answer}}"\ngeneration_kwargs:\n  until: ["\\n"]\n  max_gen_toks: 4\n'
-    (course / "tasks" / "little_answers.yaml").write_text(text, encoding="utf-8")
-    assert evaluate(course, "little_answers") == 2
-    assert "little_answers is not scored by accuracy, but by exact_match" in capsys.readouterr().err
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert re.search(r"\|little_quiz\s*\|", done.stdout) and "acc" in done.stdout, "the table of lm-eval"
+        told = [line.split("; ")[1:] for line in done.stdout.splitlines() if line.startswith("FIRST")]
+        firsts = {first for line in told for first in line}
+        assert firsts == {str(prefix)}, "the model's prefix stands in front of every text"
+        [results] = tmp_path.glob(f"{number}*.json")
+        scored.append(json.loads(results.read_text(encoding="utf-8"))["results"]["little_quiz"]["acc,none"])
+    assert all(0 <= accuracy <= 1 and round(accuracy * 6, 6) % 1 == 0 for accuracy in scored)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glm4_helpers.chat_format import SPECIAL_TOKENS
 from glm4_helpers.errors import ModelError
 from glm4_helpers.evaluation import cloze_accuracy, plain_questions_accuracy, read_plain
-from glm4_helpers.nano import pretrain as nano
+from nano import pretrain as nano
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "glm4-nano"
 TINY = nano.PretrainingSettings(

@@ -1,5 +1,6 @@
 """The small world: splits that do not leak, rows that regenerate byte for byte, checks that fit their answers."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import glm4_helpers
 from glm4_helpers.evaluation import check_answer
-from glm4_helpers.nano import files, phrasings, rows, world
-from glm4_helpers.nano.text import pretraining_documents
+from nano import files, phrasings, rows, world
+from nano.__main__ import main as nano_main
+from nano.text import pretraining_documents
 
 DATA = Path(__file__).parents[1] / "data"
 HELD_OUT = [f"{half}/{name}" for half in ("dev", "test") for name in rows.HELD_OUT_SETS]
@@ -38,7 +41,7 @@ def documents(the_world):
 
 
 def bare(turn: str) -> str:
-    """Text without punctuation and spaces (signs of arithmetic and slots stay): what differs by these only is the same."""
+    """Text without punctuation and spaces (but with minus signs and slots), so that texts differing by these are equal."""
     kept = (c for c in unicodedata.normalize("NFKC", turn) if c in "-{}" or unicodedata.category(c)[0] not in "PZC")
     return "".join(kept).replace("|", "")
 
@@ -50,6 +53,60 @@ def user_turn(row: dict) -> str:
 def test_committed_rows_regenerate_byte_for_byte(the_world):
     for name, content in files.build_files(the_world, rows.build_rows(the_world)).items():
         assert (DATA / name).read_bytes() == content.encode(), name
+
+
+@pytest.mark.slow
+def test_the_data_command_writes_the_files_that_the_card_lists(tmp_path, capsys):
+    """All of data/ with the text glm4-nano was pretrained on, to the byte: about 20 seconds."""
+    assert nano_main(["data", "--output", str(tmp_path), "--json"]) == 0
+    digests = json.loads(capsys.readouterr().out)
+    assert {"train.json", "cloze.json", "pretrain.txt"} <= set(digests)
+    assert (tmp_path / "README.md").read_bytes() == (DATA / "README.md").read_bytes()
+    assert digests["pretrain.txt"] in (DATA.parent / "weights/glm4-nano/README.md").read_text(encoding="utf-8")
+    for name, digest in digests.items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+
+
+def test_fewer_documents_are_written_and_said(tmp_path, capsys):
+    assert nano_main(["data", "--output", str(tmp_path), "--documents", "20"]) == 0
+    assert f"Written to {tmp_path}" in capsys.readouterr().out
+    assert len((tmp_path / "pretrain.txt").read_text(encoding="utf-8").splitlines()) == 20
+
+
+def test_help_and_errors_of_nano_are_those_of_the_course(capsys):
+    for arguments, status, said in (
+        (["--help"], 0, "python -m nano pretrain"),
+        (["data", "--help"], 0, "--documents"),
+        (["pretrain", "--help"], 0, "--epochs"),
+        (["dta"], 2, "Did you mean data?"),
+        (["data", "--documents", "0"], 2, "Fix: See python -m nano data --help."),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            nano_main(arguments)
+        printed = capsys.readouterr()
+        assert stopped.value.code == status and said in printed.out + printed.err
+
+
+def test_data_written_into_what_is_a_file_leaves_the_file(tmp_path, capsys):
+    file = tmp_path / "results"
+    file.write_text("mine")
+    assert nano_main(["data", "--documents", "20", "--output", str(file)]) == 2
+    assert "results" in (said := capsys.readouterr().err) and "Not a directory" in said
+    assert file.read_text() == "mine"
+
+
+def test_pretraining_without_its_text_names_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path))
+    assert nano_main(["pretrain"]) == 2
+    assert "pretrain.txt is not there.\nFix: Make it: python -m nano data" in capsys.readouterr().err
+
+
+def test_the_package_never_needs_nano():
+    """nano is not installed: it may import the package, never the other way round."""
+    package = Path(glm4_helpers.__file__).parent
+    assert not [
+        f.name for f in package.rglob("*.py") if re.search(r"^\s*(from|import) nano\b", f.read_text("utf-8"), re.M)
+    ]
 
 
 def test_another_seed_gives_other_rows():
@@ -119,7 +176,9 @@ def test_no_held_out_wording_in_pretraining_text(documents, half):
 
 def test_no_held_out_question_in_pretraining_text(documents):
     everything = "\n".join(documents)
-    asked = [user_turn(row) for name in HELD_OUT for row in read(name) if row["kind"] not in ("hello", "thanks", "farewell")]
+    asked = [
+        user_turn(row) for name in HELD_OUT for row in read(name) if row["kind"] not in ("hello", "thanks", "farewell")
+    ]
     answers = world.FIXED_ANSWERS.values()  # who says 再见！ is told 再见！, and answers do stand in the text
     assert [turn for turn in asked if turn in everything and turn not in answers] == []
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 
 from glm4_helpers import memory, plots
-from glm4_helpers.evaluation import accuracy
+from glm4_helpers.evaluation import Rate
 from glm4_helpers.profiles import get_profile
 
 
 def score(right, total=20):
-    return asdict(accuracy([True] * right + [False] * (total - right)))
+    return Rate(right, total).as_dict()
 
 
 def side(right, stop_rate):

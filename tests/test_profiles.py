@@ -3,16 +3,19 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, Glm4Config, GlmConfig
 
 import glm4_helpers
-from glm4_helpers import profiles
+from glm4_helpers import __main__ as command_line
+from glm4_helpers import download, environment, evaluation, memory, models, profiles
 from glm4_helpers.errors import SettingError
-from glm4_helpers.profiles import get_profile, profile_names, profile_settings, settings_from_yaml
+from glm4_helpers.profiles import changes_weights, get_profile, profile_names, profile_settings, settings_from_yaml
 
 PACKAGE = Path(glm4_helpers.__file__).parent
 
@@ -54,10 +57,70 @@ def test_relatives_differ_where_they_should():
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_settings_survive_json(name):
+def test_settings_survive_json_and_give_the_profile_again(name):
     settings = profile_settings(get_profile(name))
     assert json.loads(json.dumps(settings)) == settings
     assert settings["name"] == name
+    assert get_profile(**settings) == get_profile(name)
+
+
+def test_glm_4_9b_has_the_shape_of_its_architectures_defaults():
+    for name, defaults in (("glm-4-9b-lora", GlmConfig()), ("glm-4-9b-0414", Glm4Config())):
+        profile = get_profile(name)
+        assert AutoConfig.for_model(**profile.shape).to_dict() == defaults.to_dict()
+
+
+def test_no_other_module_asks_which_profile_it_has():
+    """All that is special about a model is in its profile, so that a new model is one more entry there."""
+    others = [module for module in PACKAGE.rglob("*.py") if module.stem != "profiles"]
+    trees = [ast.parse(module.read_text(encoding="utf-8")) for module in others]
+    compared = [ast.unparse(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+    assert [text for text in compared if re.search(r"profile\.(name|title|base_model|hub_id)\b(?! is)", text)] == []
+
+
+def test_a_new_model_is_one_entry(tmp_path, monkeypatch):
+    """Its needs, its modules, its chat model and the refusal of its old names come from the entry alone."""
+    entry = dataclasses.replace(
+        get_profile("glm-4-9b-lora"),
+        name="glm-small",
+        base_model="weights/glm-small",
+        hub_id="owner/glm-small",
+        shape={**get_profile("glm-4-9b-lora").shape, "num_hidden_layers": 2, "hidden_size": 512},
+        chat_model="weights/glm-small-chat",
+        old_names=("glm-small-v1",),
+    )
+    monkeypatch.setattr(profiles, "_PROFILES", (*profiles._PROFILES, entry))
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path))
+    chat = tmp_path / "weights" / "glm-small-chat"
+    chat.mkdir(parents=True)
+    (chat / "config.json").write_text("{}")
+
+    profile = get_profile("glm-small")
+    assert profile == entry and "glm-small" in command_line.profile_lines()
+    counted = sum(weight.numel() for weight in models.meta_model(profile).parameters())
+    assert memory.published_shape(profile).parameters == counted < 10**9
+    assert (
+        0
+        < environment.needs(profile).gpu_memory_gib
+        < environment.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib / 4
+    )
+    assert evaluation.find_baseline(profile) == chat
+    with pytest.raises(SettingError, match="old format") as refused:
+        download.refuse_old_name("anyone/GLM-small-v1")
+    assert refused.value.fix == "Use anyone/GLM-small-v1-hf."
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "configs").glob("train_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_read(path):
+    assert get_profile(**settings_from_yaml(path)).name in profile_names()
+
+
+def test_changed_weights_are_told_from_settings_without_effect():
+    without = ("title", "train_data", "dev_data", "test_data", "sample_prompts", "chat_model", "max_new_tokens")
+    assert not any(map(changes_weights, without))
+    assert all(
+        map(changes_weights, ("training.seed", "lora.r", "terminator", "dev_fraction", "data.train", "training.gone"))
+    )
 
 
 def test_overrides_dotted_and_nested_leave_the_rest():
@@ -87,14 +150,25 @@ def test_full_fine_tuning_by_override():
         ({"training.padding_free": 1}, "training.padding_free can't be 1", "true or false"),
         ({"training.seed": True}, "training.seed can't be True", "a whole number"),
         ({"training.max_length": 1.5}, "training.max_length", "a whole number"),
-        ({"lora.target_modules": "q_proj"}, "lora.target_modules", "a list of names"),
+        ({"training.early_stopping_patience": 0}, "training.early_stopping_patience", "at least 1, or null"),
+        ({"training.seed": 2**32}, "training.seed", "from 0 to 4294967295"),
+        ({"training.weight_decay": float("inf")}, "training.weight_decay can't be inf", "at least 0"),
+        ({"training.learning_rate": float("nan")}, "training.learning_rate can't be nan", "above 0"),
+        ({"training.evaluations_per_run": -1}, "training.evaluations_per_run", "at least 0"),
+        ({"lora.target_modules": "all-linear"}, "lora.target_modules", "[q_proj, v_proj]"),
+        ({"lora.target_modules": "q_proj,v_proj"}, "'q_proj,v_proj'", "--set 'lora.target_modules=[q_proj, v_proj]'"),
         ({"lora.target_modules": []}, "lora.target_modules", "at least one name"),
+        ({"lora.target_modules": ["q_proj", "v_proj", "q_proj"]}, "lora.target_modules", "each of them once"),
+        ({"sample_prompts": "你好"}, "sample_prompts can't be '你好'", "a list of texts"),
+        ({"train_data": None}, "train_data can't be None", "text"),
+        ({"shape": None}, "no setting 'shape'", ""),
         ({"dtype": "float16"}, "dtype can't be 'float16'", "NaN"),
         ({"quantization": "int8"}, "quantization", "nf4"),
         ({"training.learning_rate": -1e-3}, "training.learning_rate", "above 0"),
         ({"dev_fraction": 1.0}, "dev_fraction", "not including, 1"),
         ({"training.per_device_batch_size": 0}, "per_device_batch_size", "at least 1"),
-        ({"lora": 8}, "lora can't be 8", "LoraSettings"),
+        ({"lora": 8}, "lora can't be 8", "lora.r=8"),
+        ({"training": None}, "training can't be None", "training.epochs=1"),
     ],
 )
 def test_wrong_overrides_are_refused_with_a_fix(overrides, problem, fix):
@@ -130,6 +204,8 @@ def test_yaml_becomes_a_profile(tmp_path):
         ("training:\n  epoch: 1\n", "training.epoch"),
         ("training:\n  epochs: three\n", "training.epochs"),
         ("profile: glm\n", "'glm'"),
+        ("profile: [glm4-nano]\n", "glm4-nano"),
+        ("lora.target_modules: q_proj\n", "lora.target_modules"),
         ("- a\n- b\n", "no settings"),
         ("", "no settings"),
         ("a: [1\n", "not YAML"),

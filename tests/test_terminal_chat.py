@@ -15,9 +15,12 @@ from unicodedata import east_asian_width
 
 import pytest
 from glm4_helpers import models
+from glm4_helpers.conversation import Conversation, Speakers, checkpoints, history
 from glm4_helpers.datasets import load_messages
+from glm4_helpers.errors import ModelError, SettingError
+from glm4_helpers.generation import Sampling
 from glm4_helpers.profiles import get_profile
-from glm4_helpers.terminal_chat import Chat, ChatSettings
+from glm4_helpers.terminal_chat import Chat, run_chat
 from peft import LoraConfig, get_peft_model
 from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
 
@@ -27,10 +30,13 @@ TITLE = "chat in a real terminal"
 SHOWN_COLUMNS = 110
 CHARACTERS = "你好苹果香蕉西瓜天地人中国北京"
 START = """
-import sys, logging
+import sys
+from pathlib import Path
+from glm4_helpers.generation import Sampling
 from glm4_helpers.profiles import get_profile
 from glm4_helpers.terminal_chat import run_chat
-run_chat(get_profile("glm4-nano", base_model="weights/tiny"), **eval(sys.argv[1]))
+tokens, options = eval(sys.argv[1])
+run_chat(get_profile("glm4-nano", base_model="weights/tiny"), sampling=Sampling(tokens), **options)
 """
 
 
@@ -68,8 +74,8 @@ def terminal(course):
     """Start a chat in a terminal; afterwards it must leave by itself."""
     started = []
 
-    def start(**settings):
-        command = ["-c", START, repr(settings)]
+    def start(tokens=200, **options):
+        command = ["-c", START, repr((tokens, options))]
         child = pexpect.spawn(
             sys.executable, command, env=environment(course), cwd=course, encoding="utf-8", timeout=60, dimensions=(40, 200)
         )
@@ -142,8 +148,8 @@ def last_answer(child, name="glm4-nano"):
     return plain(child.before)
 
 
-def piped(course, lines, *, timeout=120, **settings):
-    command = [sys.executable, "-c", START, repr(settings)]
+def piped(course, lines, tokens=6, *, timeout=120, **options):
+    command = [sys.executable, "-c", START, repr((tokens, options))]
     return subprocess.run(
         command, input=lines, env=environment(course), cwd=course, capture_output=True, text=True, encoding="utf-8",
         timeout=timeout, check=False,
@@ -154,7 +160,7 @@ def piped(course, lines, *, timeout=120, **settings):
 
 
 def test_an_answer_is_seen_growing_and_ctrl_c_stops_it_but_not_the_chat(terminal, course, report):
-    child = terminal(max_new_tokens=3000)
+    child = terminal(3000)
     child.sendline("你好")
     child.expect("glm4-nano: ")
     sizes = [len(child.read_nonblocking(100_000, timeout=20)) for _ in range(5)]
@@ -171,14 +177,14 @@ def test_an_answer_is_seen_growing_and_ctrl_c_stops_it_but_not_the_chat(terminal
     leave(child)
     question, answer = json.loads((course / "stopped.json").read_text(encoding="utf-8"))[0]["messages"]
     assert question == {"role": "user", "content": "你好"}
-    assert answer["ended_by"] == "Ctrl-C"
+    assert answer["ended_by"] == "stopped"
     assert 0 < len(answer["content"]) < 3000
     pieces = f"the answer came in pieces of {', '.join(map(str, sizes))} characters; Ctrl-C ended it in {seconds:.2f} s"
     report(TITLE, transcript(child, "an answer that streams, and Ctrl-C in the middle of it", pieces), 1)
 
 
 def test_chinese_is_edited_with_arrows_and_backspace(terminal, course, report):
-    child = terminal(max_new_tokens=5)
+    child = terminal(5)
     left, right = "\x1b[D", "\x1b[C"
     child.send("苹好果")
     child.send(left + "\x7f")  # 苹|果: the wide character before the cursor goes
@@ -197,8 +203,23 @@ def test_chinese_is_edited_with_arrows_and_backspace(terminal, course, report):
     report(TITLE, shown, 3)
 
 
+def test_line_breaks_are_typed_with_alt_enter_and_pasted(terminal, course):
+    child = terminal(5)
+    child.send("天\x1b\r地\x1b[200~苹果\n香蕉\x1b[201~人")  # Alt+Enter, and a bracketed paste
+    time.sleep(0.5)
+    child.send("\r")
+    last_answer(child)
+    prompt(child)
+    child.sendline("/save broken.json")
+    child.expect("saved 2 messages")
+    prompt(child)
+    leave(child)
+    messages = json.loads((course / "broken.json").read_text(encoding="utf-8"))[0]["messages"]
+    assert messages[0]["content"] == "天\n地苹果\n香蕉人"
+
+
 def test_the_adapter_is_switched_and_checkpoints_change_answers(terminal, course, report):
-    child = terminal(max_new_tokens=12, adapter_dir=str(course / "outputs/run/adapter"))
+    child = terminal(12, adapter_dir=str(course / "outputs/run/adapter"))
 
     def ask(name="glm4-nano"):
         child.sendline("天地人")
@@ -244,7 +265,7 @@ def test_ctrl_c_at_the_prompt_stays_and_ctrl_d_leaves(terminal):
 
 
 def test_errors_are_shown_in_place_and_the_chat_goes_on(terminal):
-    child = terminal(max_new_tokens=5)
+    child = terminal(5)
     for line, word in (
         ("/rset", "Try /reset"),
         ("/adapter on", "no adapter to switch"),
@@ -268,7 +289,7 @@ def test_errors_are_shown_in_place_and_the_chat_goes_on(terminal):
 
 
 def test_over_a_pipe_answers_alone_are_on_standard_output(course):
-    done = piped(course, "你好\n\n/system 中国\n天地人\n//help\n/help\n", max_new_tokens=6)
+    done = piped(course, "你好\n\n/system 中国\n天地人\n//help\n/help\n")
     assert done.returncode == 0
     assert re.fullmatch(f"([{CHARACTERS}]{{6}}\n){{3}}", done.stdout)
     assert "you:" not in done.stdout + done.stderr
@@ -278,35 +299,27 @@ def test_over_a_pipe_answers_alone_are_on_standard_output(course):
 
 
 def test_over_a_pipe_lines_after_exit_are_not_read(course):
-    done = piped(course, "/exit\n你好\n", max_new_tokens=6)
+    done = piped(course, "/exit\n你好\n")
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_with_a_delimiter_messages_and_answers_have_several_lines(course):
+    lines = "天地\n\n  人\n===\n/save several.json\n===\n\n===\n你好"
+    done = piped(course, lines, delimiter="===")
+    assert done.returncode == 0 and re.fullmatch(f"([{CHARACTERS}]{{6}}\n===\n){{2}}", done.stdout)
+    messages = json.loads((course / "several.json").read_text(encoding="utf-8"))[0]["messages"]
+    assert messages[0] == {"role": "user", "content": "天地\n\n  人"}
+
+
+def test_bytes_that_are_no_utf8_are_answered_as_replacement_characters(course):
+    command = [sys.executable, "-c", START, repr((6, {}))]
+    done = subprocess.run(
+        command, input=b"\xff\xe4\n", env=environment(course), cwd=course, capture_output=True, timeout=120, check=False
+    )
+    assert re.fullmatch(f"[{CHARACTERS}]{{6}}\n", done.stdout.decode()) and b"Traceback" not in done.stderr
+
+
 # The conversation itself
-
-
-class Notes:
-    """A console without a screen, which keeps what it is told."""
-
-    def __init__(self):
-        self.notes, self.said = [], []
-
-    def lines(self):
-        return iter(())
-
-    def begin(self, speaker):
-        self.said.append("")
-
-    def say(self, text):
-        self.said[-1] += text
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def stopping(self, stop):
-        from contextlib import nullcontext
-
-        return nullcontext()
 
 
 @pytest.fixture
@@ -315,31 +328,56 @@ def chat(course, monkeypatch):
     monkeypatch.chdir(course)
     profile = get_profile("glm4-nano", base_model="weights/tiny")
     model, tokenizer = models.load_base_model(profile, "float32"), models.load_tokenizer(profile)
-    return Chat(profile, tokenizer, model, ChatSettings(max_new_tokens=20), Notes(), system="中国")
+    return Chat(profile, Conversation(Speakers(model, profile), tokenizer, Sampling(20), system="中国"))
 
 
-def test_a_long_conversation_drops_its_oldest_turns_with_a_notice(chat):
-    chat.model.config.max_position_embeddings = 100
+def known(chat):
+    """The messages that the next answer follows."""
+    return history(chat.talk.turns, "fine-tuned", chat.talk.system)
+
+
+def test_a_long_conversation_drops_its_oldest_turns_with_a_notice(chat, capsys, monkeypatch):
+    monkeypatch.setattr(Speakers, "positions", 100)
     for _ in range(4):
         chat.handle("你好" * 6)
-    assert [note for note in chat.console.notes if "left out" in note]
-    assert len(chat.turns) == 8
-    assert chat.messages()[0] == {"role": "system", "content": "中国"}
+    assert "left out" in capsys.readouterr().err
+    assert len(known(chat)) == 9
+    assert known(chat)[0] == {"role": "system", "content": "中国"}
 
 
-def test_a_message_that_is_too_long_is_refused_and_not_kept(chat):
-    chat.model.config.max_position_embeddings = 100
-    with pytest.raises(Exception, match="tokens long"):
+def test_a_message_that_is_too_long_is_refused_and_not_kept(chat, capsys, monkeypatch):
+    monkeypatch.setattr(Speakers, "positions", 100)
+    with pytest.raises(SettingError, match="tokens long"):
         chat.handle("好" * 200)
-    assert chat.turns == []
+    assert chat.talk.turns == [] and capsys.readouterr().out == ""
 
 
 def test_reset_keeps_the_system_prompt_and_none_removes_it(chat):
     chat.handle("你好")
     chat.handle("/reset")
-    assert chat.messages() == [{"role": "system", "content": "中国"}]
+    assert known(chat) == [{"role": "system", "content": "中国"}]
     chat.handle("/system none")
-    assert chat.messages() == []
+    assert known(chat) == []
+
+
+def test_retry_asks_the_other_model_the_same_and_keeps_one_answer(chat, course, capsys):
+    with pytest.raises(SettingError, match="no message to answer again"):
+        chat.handle("/retry")
+    chat.use_adapter(course / "outputs/run/adapter")
+    chat.handle("你好")
+    chat.handle("/adapter off")
+    chat.handle("/retry")
+    tuned, base = capsys.readouterr().out.splitlines()
+    assert tuned != base and [message["content"] for message in known(chat)] == ["中国", "你好", base]
+
+
+def test_a_retry_that_fails_keeps_the_former_answer(chat, monkeypatch):
+    chat.handle("你好")
+    before = known(chat)
+    monkeypatch.setattr(Speakers, "positions", 22)
+    with pytest.raises(SettingError, match="tokens long"):
+        chat.handle("/retry")
+    assert known(chat) == before
 
 
 def test_a_saved_conversation_is_training_data_and_is_never_overwritten(chat, tmp_path):
@@ -349,16 +387,48 @@ def test_a_saved_conversation_is_training_data_and_is_never_overwritten(chat, tm
     roles = [message["role"] for message in load_messages(file)[0]["messages"]]
     assert roles == ["system", "user", "assistant"]
     before = file.read_bytes()
-    with pytest.raises(Exception, match="File exists"):
+    with pytest.raises(SettingError, match="File exists"):
         chat.handle(f"/save {file}")
     assert file.read_bytes() == before
 
 
-def test_an_adapter_that_does_not_fit_leaves_the_chat_as_it_was(chat, course, tmp_path):
+def test_an_adapter_that_does_not_fit_leaves_the_chat_as_it_was(chat, course, tmp_path, capsys):
     chat.use_adapter(course / "outputs/run/adapter")
     (tmp_path / "broken").mkdir()
-    with pytest.raises(Exception, match="no adapter in"):
+    with pytest.raises(ModelError, match="no adapter in"):
         chat.use_adapter(tmp_path / "broken")
     assert chat.adapter_dir == course / "outputs/run/adapter"
     chat.handle("你好")
-    assert len(chat.console.said[-1].strip()) == 20
+    assert len(capsys.readouterr().out.strip()) == 20
+
+
+def test_a_checkpoint_that_was_trained_again_is_read_again(chat, course, tmp_path, capsys):
+    for seed in (1, 2):
+        write_adapter(tmp_path / "adapter", seed)
+        chat.use_adapter(tmp_path / "adapter")
+        chat.handle("天地人")
+        chat.handle("/reset")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first != second
+
+
+def test_checkpoints_are_listed_in_the_order_of_their_steps(tmp_path):
+    for name in ("adapter", "checkpoints/checkpoint-10", "checkpoints/checkpoint-9"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").touch()
+    assert list(checkpoints(tmp_path)) == ["adapter", "checkpoint-9", "checkpoint-10"]
+
+
+@pytest.mark.parametrize("given", ["", "adapter"])
+def test_a_run_that_was_interrupted_offers_its_checkpoints_by_name(given, tmp_path, monkeypatch):
+    for step in (20, 100):
+        write_nothing_but_a_config(tmp_path / "run/checkpoints" / f"checkpoint-{step}")
+    monkeypatch.setenv("GLM4_HOME", str(tmp_path))
+    with pytest.raises(ModelError, match="checkpoint-20, checkpoint-100") as refused:
+        run_chat(get_profile("glm4-nano"), tmp_path / "run" / given)
+    assert "--adapter run/checkpoints/checkpoint-100" in refused.value.fix
+
+
+def write_nothing_but_a_config(folder):
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")

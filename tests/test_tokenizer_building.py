@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from glm4_helpers.nano.pretrain import build_tokenizer
+from nano.pretrain import build_tokenizer
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "glm4-nano" / "tokenizer.json"
 

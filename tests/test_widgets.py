@@ -11,14 +11,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
 
-from glm4_helpers import chat_format
+from glm4_helpers import chat_format, conversation
+from glm4_helpers.conversation import OWN, Reply, Speakers, Turn, all_messages, history
 from glm4_helpers.errors import DataError, ModelError, SettingError
-from glm4_helpers.generation import answers
+from glm4_helpers.generation import Sampling, answers
 from glm4_helpers.models import load_adapter, load_base_model, load_tokenizer, save_adapter_facts
 from glm4_helpers.profiles import get_profile
 from glm4_helpers.widgets import ChatBox, chat, chat_box, token_boxes, token_view, token_view_figure, token_view_html
-from glm4_helpers.widgets.speakers import OWN, Speakers
-from glm4_helpers.widgets.transcript import Reply, Turn, conversation, history, markdown_text, to_html, to_markdown
+from glm4_helpers.widgets.transcript import markdown_text, to_html, to_markdown
 
 FORGED = '<b onclick="x">粗体</b> & <|assistant|>'
 HELLO = [{"role": "user", "content": "你好"}]
@@ -70,7 +70,7 @@ def adapters(home) -> dict[str, Path]:
 
 @pytest.fixture
 def box(base, tokenizer, adapters):
-    box = chat_box(base, tokenizer, get_profile(), adapters, max_new_tokens=8)
+    box = chat_box(base, tokenizer, get_profile(), adapters, sampling=Sampling(8))
     yield box
     box.close()
 
@@ -161,11 +161,13 @@ def test_a_closed_box_asks_nothing_and_leaves_gradients_as_they_were(box, base):
 
 def test_values_out_of_range_are_refused_at_once(base, tokenizer):
     with pytest.raises(SettingError, match="temperature"):
-        chat_box(base, tokenizer, get_profile("glm4-nano"), temperature=-1)
+        chat_box(base, tokenizer, get_profile("glm4-nano"), sampling=Sampling(temperature=-1))
+    with pytest.raises(SettingError, match="max_new_tokens can't be 9,999"):
+        chat_box(base, tokenizer, get_profile("glm4-nano"), sampling=Sampling(9999))
 
 
 def test_without_adapters_there_is_the_base_model_only(base, tokenizer):
-    box = chat_box(base, tokenizer, get_profile(), max_new_tokens=4)
+    box = chat_box(base, tokenizer, get_profile(), sampling=Sampling(4))
     assert box.mode.options == ("base",)
     box.send("你好", wait=True)
     assert box.conversation[-1]["model"] == "base"
@@ -175,7 +177,7 @@ def test_without_adapters_there_is_the_base_model_only(base, tokenizer):
 def test_a_model_that_came_with_an_adapter_keeps_it(base, tokenizer, adapters):
     tuned = load_adapter(base, adapters["checkpoint-1"], get_profile())
     own = greedy(tuned, tokenizer)
-    box = chat_box(tuned, tokenizer, get_profile(), {"checkpoint-2": adapters["checkpoint-2"]}, max_new_tokens=8)
+    box = chat_box(tuned, tokenizer, get_profile(), {"checkpoint-2": adapters["checkpoint-2"]}, sampling=Sampling(8))
     assert box.checkpoint.options == (OWN, "checkpoint-2")
     before = {name: weight.requires_grad for name, weight in tuned.named_parameters()}
     box.send("你好", wait=True)
@@ -259,7 +261,7 @@ def test_blank_messages_are_ignored(box):
 
 
 def test_on_colab_the_answer_comes_inside_the_call(base, tokenizer, adapters):
-    box = chat_box(base, tokenizer, get_profile(), adapters, max_new_tokens=4, in_background=False)
+    box = chat_box(base, tokenizer, get_profile(), adapters, sampling=Sampling(4), in_background=False)
     before = threading.active_count()
     box.send("你好")
     assert len(box.conversation) == 3 and not box.busy and threading.active_count() == before
@@ -269,24 +271,29 @@ def test_on_colab_the_answer_comes_inside_the_call(base, tokenizer, adapters):
 # Typing
 
 
-def press_enter(box, text: str | None = None) -> None:
-    """What the browser does: it tells that Enter was pressed, then, if the text is new, the text."""
-    box.message._handle_custom_msg({"event": "submit"}, [])
-    if text is not None:
-        box.message.value = text
+def press_enter(box, text: str) -> None:
+    """What the browser does: it tells the text, and in the same change that Enter was pressed."""
+    box.message.value = text + chat.ENTERED
 
 
 def questions(box) -> list[str]:
     return [message["content"] for message in box.conversation if message["role"] == "user"]
 
 
-def test_enter_sends_the_text_that_follows_and_empties_the_box(box):
-    press_enter(box, "你好")
-    assert box.message.value == "" and questions(box) == ["你好"]
-    box.wait(60)
-    press_enter(box, "你好")
+def test_enter_sends_the_text_and_empties_the_box(box):
+    for _ in range(2):
+        press_enter(box, "你好")
+        assert box.message.value == ""
+        box.wait(60)
     assert questions(box) == ["你好", "你好"]
+
+
+def test_line_breaks_are_kept_and_shown(box):
+    press_enter(box, "把下面的词翻译成英文。\n\n苹果")
     box.wait(60)
+    assert questions(box) == ["把下面的词翻译成英文。\n\n苹果"]
+    assert "翻译成英文。\n\n苹果" in box._log.value and "pre-wrap" in box._log.value
+    assert "翻译成英文。<br><br>苹果" in box.transcript_markdown()
 
 
 def test_leaving_the_text_box_sends_nothing(box):
@@ -296,33 +303,40 @@ def test_leaving_the_text_box_sends_nothing(box):
 
 def test_enter_after_coming_back_to_the_text_box_sends_it_once(box):
     box.message.value = "你好"
-    press_enter(box)
-    wait_until(lambda: questions(box) == ["你好"])
-    box.wait(60)
-    time.sleep(2 * chat.SECONDS_FOR_A_TEXT_TO_FOLLOW_ENTER)
-    assert questions(box) == ["你好"]
-
-
-def test_a_text_changed_after_coming_back_is_sent_as_it_is_now(box):
-    box.message.value = "你"
     press_enter(box, "你好")
     box.wait(60)
-    time.sleep(2 * chat.SECONDS_FOR_A_TEXT_TO_FOLLOW_ENTER)
+    box.send_button.click()
     assert questions(box) == ["你好"]
 
 
-def test_enter_in_an_empty_box_does_not_make_the_next_text_send_itself(box):
-    press_enter(box)
-    time.sleep(2.1 * chat.SECONDS_FOR_A_TEXT_TO_FOLLOW_ENTER)
+def test_enter_while_an_answer_is_written_leaves_the_text_in_the_box(box):
+    box.length.value = 1500
+    box.send("你好")
+    press_enter(box, "苹果")
+    assert box.message.value == "苹果"
+    box.stop()
+    box.wait(60)
+    assert questions(box) == ["你好"]
+
+
+def test_enter_in_an_empty_box_sends_nothing(box):
+    press_enter(box, " \n")
     box.message.value = "你好"
     assert questions(box) == []
+
+
+def test_the_send_button_sends_where_no_script_runs(box):
+    box.message.value = "你好\n苹果"
+    box.send_button.click()
+    box.wait(60)
+    assert questions(box) == ["你好\n苹果"] and box.message.value == ""
 
 
 # Errors and re-running
 
 
 def test_an_absent_checkpoint_is_shown_in_place_and_the_chat_goes_on(base, tokenizer, adapters, tmp_path):
-    box = chat_box(base, tokenizer, get_profile(), {**adapters, "<gone>": tmp_path}, max_new_tokens=4)
+    box = chat_box(base, tokenizer, get_profile(), {**adapters, "<gone>": tmp_path}, sampling=Sampling(4))
     box.send("你好", wait=True)
     assert "There is no adapter in" in box._log.value and "&lt;gone&gt;" in box._log.value
     assert isinstance(box.last_error, ModelError)
@@ -342,7 +356,7 @@ def test_unforeseen_errors_are_shown_too(box, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of <memory>")
 
-    monkeypatch.setattr(chat, "stream", broken)
+    monkeypatch.setattr(conversation, "stream", broken)
     box.send("你好", wait=True)
     assert "RuntimeError: out of &lt;memory&gt;" in box._log.value
     assert isinstance(box.last_error, RuntimeError) and not box.busy
@@ -350,7 +364,7 @@ def test_unforeseen_errors_are_shown_too(box, monkeypatch):
 
 def test_a_long_conversation_drops_its_oldest_turns_and_says_so(base, tokenizer):
     base.config.max_position_embeddings = 60
-    box = chat_box(base, tokenizer, get_profile(), max_new_tokens=20)
+    box = chat_box(base, tokenizer, get_profile(), sampling=Sampling(20))
     for _ in range(3):
         box.send("你好你好你好", wait=True)
     wait_until(lambda: "left out at its start" in box._status.value)
@@ -359,9 +373,9 @@ def test_a_long_conversation_drops_its_oldest_turns_and_says_so(base, tokenizer)
 
 
 def test_running_the_cell_again_closes_the_former_box_even_while_it_answers(base, tokenizer, adapters, recwarn):
-    first = chat_box(base, tokenizer, get_profile(), adapters, max_new_tokens=1500)
+    first = chat_box(base, tokenizer, get_profile(), adapters, sampling=Sampling(1500))
     first.send("你好")
-    second = chat_box(base, tokenizer, get_profile(), adapters, max_new_tokens=8)
+    second = chat_box(base, tokenizer, get_profile(), adapters, sampling=Sampling(8))
     assert not first.busy and first.view.comm is None and first.conversation[-1]["ended_by"] == "stopped"
     second.send("你好", wait=True)
     assert len(second.conversation) == 3 and "error" not in second._log.value
@@ -418,7 +432,7 @@ def test_a_speaker_without_an_answer_of_its_own_goes_on_from_the_others():
 
 
 def test_conversation_names_models_and_errors():
-    messages = conversation(TURNS)
+    messages = all_messages(TURNS)
     assert messages[1] == {"role": "assistant", "content": FORGED, "model": "base", "ended_by": "stopped"}
     assert messages[2] == {"role": "assistant", "content": "好\n*的*", "model": "fine-tuned (a_b)"}
     assert messages[4]["ended_by"] == "error: <no>"

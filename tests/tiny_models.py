@@ -5,7 +5,7 @@ from peft import get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 
 from glm4_helpers import chat_format, models, training
-from glm4_helpers.nano.pretrain import build_tokenizer
+from nano.pretrain import build_tokenizer
 
 CHARACTERS = "你好苹果香蕉西瓜天地人一二三四五六七八九十中国北京上海告诉我的名字等于多少？。，：！0123456789+=abcxyz \n"
 

@@ -6,6 +6,7 @@ The modules are light; what they call is imported in ``run``. Options that sever
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
-from ..profiles import Profile, get_profile, profile_names, settings_from_yaml
-
+from ..profiles import Profile, get_profile, profile_names, settings_from_yaml, yaml_value
 
 ADAPTER_HELP = "the adapter's folder, or the one that train was given as --output (default: outputs/PROFILE/adapter)"
 
@@ -33,15 +33,17 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """``--profile``, ``--config`` and ``--set``: all that changes a profile."""
     add_profile(parser)
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings such as configs/train_9b.yaml; may name the profile")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file of settings such as configs/train_9b.yaml; may name the profile"
+    )
     parser.add_argument(
         "--set",
         dest="settings",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="change one setting of the profile, such as training.epochs=1 or lora.r=16; wins over --config; may be repeated; "
-        "profiles.py has all keys",
+        help="change one setting of the profile, such as training.epochs=1 or lora.r=16; wins over --config; may be "
+        "repeated; profiles.py has all keys",
     )
 
 
@@ -87,7 +89,7 @@ def chosen_profile(arguments: argparse.Namespace, **overrides: Any) -> Profile:
 
 
 def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
-    """The folder of ``--adapter`` (or what is in it), else the one where ``train`` puts this profile's adapter or model."""
+    """The folder of `--adapter` (or what is in it), else where `train` puts this profile's adapter or model."""
     from ..training import default_adapter_dir
 
     if arguments.adapter is None:
@@ -97,23 +99,17 @@ def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b} and "text" as in YAML, the rest unchanged."""
+    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b} and "text" as in YAML, the rest as text."""
     import yaml
 
     key, separator, text = pair.partition("=")
     if not separator or not key.strip():
         raise SettingError(f"--set {pair!r} is not KEY=VALUE.", "Write it as in --set training.epochs=1.")
-    for number in (int, float):
-        try:
-            return key.strip(), number(text)
-        except ValueError:
-            continue
-    if text not in ("true", "false", "null") and not text.startswith(("[", "{", '"', "'")):
-        return key.strip(), text
-    try:
-        return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError:
-        return key.strip(), text
+    is_yaml = text in ("true", "false", "null") or text.startswith(("[", "{", '"', "'"))
+    for meaning in (int, float, yaml_value if is_yaml else str):
+        with contextlib.suppress(ValueError, yaml.YAMLError):
+            return key.strip(), meaning(text)
+    return key.strip(), text
 
 
 def show(arguments: argparse.Namespace, figures: Any, text: str) -> None:

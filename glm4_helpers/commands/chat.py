@@ -16,8 +16,11 @@ examples:
   python -m glm4_helpers chat --temperature 0.6 --system 请用一句话回答。
   python -m glm4_helpers chat --profile glm-4-9b-lora --temperature 0.6 --repetition-penalty 1.2
   echo 你好 | python -m glm4_helpers chat     one line, one answer
+  python -m glm4_helpers chat --delimiter === < questions.txt
+                                              several lines a message, up to a line that is === and nothing else
 
-Ctrl-C stops an answer. /help lists the commands inside the chat."""
+In a terminal Alt+Enter (or Esc, then Enter) breaks the line, and pasted breaks are kept. Ctrl-C stops an answer.
+/help lists the commands inside the chat."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=count, metavar="N", help="longest answer, in tokens (default: the profile's, 200 or 256)"
     )
+    parser.add_argument(
+        "--delimiter", metavar="TEXT",
+        help="over a pipe: messages of several lines end with a line that is TEXT, and so do answers (default: each line is one)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     profile = chosen_profile(arguments)
+    from ..generation import Sampling
     from ..models import check_trained_model
     from ..terminal_chat import run_chat
 
@@ -53,13 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
     if adapter is not None and profile.lora is None:  # full fine-tuning leaves a whole model and no adapter
         check_trained_model(adapter)
         profile, adapter = replace(profile, base_model=str(adapter.resolve())), None
-    return run_chat(
-        profile,
-        adapter,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        repetition_penalty=arguments.repetition_penalty,
-        max_new_tokens=arguments.max_new_tokens,
-        system=arguments.system,
-        seed=arguments.seed,
+    sampling = Sampling(
+        arguments.max_new_tokens or profile.max_new_tokens,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.repetition_penalty,
+        arguments.seed,
     )
+    return run_chat(profile, adapter, sampling, arguments.system, arguments.delimiter)

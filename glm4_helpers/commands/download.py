@@ -17,9 +17,9 @@ examples:
                                                                 to compare with
 
 The model goes to weights/, into the folder of its name: glm-4-9b-lora, -qlora and -full share
-weights/glm-4-9b-hf. Disk space is checked first: the model's size and 1 GiB to spare. An
-interrupted download goes on when the same line is run again. ModelScope has the model of those
-three profiles, and needs the package modelscope (python -m pip install -e ".[modelscope]"). The
+weights/glm-4-9b-hf. Disk space is checked first: the model's size and 1 GiB to spare. Run the
+same line again to resume an interrupted download. ModelScope has the model of those three
+profiles, and needs the package modelscope (python -m pip install -e ".[modelscope]"). The
 variables HF_ENDPOINT and MODELSCOPE_ENDPOINT do the same as --endpoint. glm4-nano, the default
 profile, ships with the repository and needs no download."""
 
@@ -27,13 +27,18 @@ profile, ships with the repository and needs no download."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
     parser.add_argument(
-        "--source", choices=("huggingface", "modelscope"), default="huggingface", help="which hub (default: huggingface)"
+        "--source",
+        choices=("huggingface", "modelscope"),
+        default="huggingface",
+        help="which hub (default: huggingface)",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--repository", metavar="OWNER/NAME", help="another repository, to weights/NAME (default: the profile's own)"
     )
-    what.add_argument("--check", action="store_true", help="download nothing; check that the profile's own model is complete")
+    what.add_argument(
+        "--check", action="store_true", help="download nothing; check that the profile's own model is complete"
+    )
     parser.add_argument("--endpoint", metavar="URL", help="a mirror of the hub (default: the hub itself)")
 
 

@@ -17,19 +17,26 @@ EXAMPLES = """\
 examples:
   python -m glm4_helpers evaluate                           the test half, before and after
   python -m glm4_helpers evaluate --half dev                the half that checkpoints are chosen on
+  python -m glm4_helpers evaluate --set test_data=mine.json     rows of your own
   python -m glm4_helpers evaluate --adapter outputs/short
   python -m glm4_helpers evaluate --seeds 1 2 3             trains where needed; each seed, median and worst
   python -m glm4_helpers evaluate --json > scores.json
   python -m glm4_helpers evaluate --profile glm-4-9b-lora --rows 100
   python -m glm4_helpers evaluate --profile glm-4-9b-lora --baseline glm-4-9b-chat-hf
-  python -m glm4_helpers evaluate --profile glm-4-9b-lora --harness ceval-valid_law --limit 50
 
 Held-out rows are rows kept out of training. glm4-nano's answers are right or wrong. The other
 profiles' data is free text: it gives the loss per answer token (lower is better), its perplexity
-(e to that loss), and the stop rate (the part of the answers that end by themselves). --harness
-asks public benchmarks instead, through lm-eval (python -m pip install -e ".[evaluation]"), to see
-what was forgotten; C-Eval, a Chinese exam, is ceval-valid (52 subjects) or one subject such as
-ceval-valid_law. `lm-eval ls tasks` lists all."""
+(e to that loss), the stop rate (the part of the answers that end by themselves), and exact match
+(answers equal to the row's own).
+
+Rows of your own (test_data) are a file that train could read, or a folder of such files; each file
+is one set with its name. A row with a check is right or wrong by it:
+  {"instruction": "...", "output": "好的。", "check": {"type": "one_of", "answers": ["好的。", "行。"]}}
+The others are scored as free text. Rows whose question was trained are counted below the table.
+
+Answers are written answer_batch_size (32) rows at a time, on a GPU fewer where its free memory
+says so; the loss takes training.evaluation_batch_size rows. Public benchmarks such as C-Eval are
+asked with lm-eval; README.md shows its line."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--half",
         choices=("test", "dev"),
-        help="for glm4-nano: test, which no choice was made with, or dev, on which checkpoints are chosen (default: test)",
+        help="test_data, which no choice was made with, or dev_data, on which checkpoints are chosen (default: test)",
     )
-    parser.add_argument("--rows", type=count, metavar="N", help="how many held-out rows, for free text (default: 200)")
+    parser.add_argument(
+        "--rows",
+        type=count,
+        metavar="N",
+        help="how many of the rows that training held out, where there is no test_data (default: 200)",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
     which.add_argument(
@@ -53,12 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         metavar="MODEL",
-        help="a third model beside the two: a folder, a name in weights/, or a profile; `none` for none (default: "
-        "weights/glm-4-9b-chat-hf for the profiles of glm-4-9b-hf, if it is there)",
+        help="a third model to compare with: a folder, a name in weights/, or a profile; `none` for none (default: "
+        "the profile's chat_model, weights/glm-4-9b-chat-hf for those of glm-4-9b-hf, if it is there)",
     )
-    parser.add_argument("--harness", nargs="+", metavar="TASK", help="score these tasks of lm-eval instead of held-out rows")
-    parser.add_argument("--limit", type=count, metavar="N", help="questions of each --harness task (default: all)")
-    parser.add_argument("--tasks", type=Path, metavar="FOLDER", help="YAML files of --harness tasks of your own")
     add_json(parser)
 
 
@@ -68,12 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.seeds:
         return _run_seeds(arguments)
     adapter, baseline = adapter_folder(arguments, profile), _baseline(arguments, profile)
-    if arguments.harness:
-        from ..harness import before_after_tasks, format_tasks
-
-        result = before_after_tasks(profile, adapter, arguments.harness, arguments.limit, arguments.tasks, baseline)
-        show(arguments, result, format_tasks(result))
-        return 0
     from ..evaluation import FREE_TEXT_ROWS, before_after, format_table
 
     rows = arguments.rows or FREE_TEXT_ROWS
@@ -85,10 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse_unused(arguments: argparse.Namespace, profile: Profile) -> None:
     """Raise SettingError for options that would be left aside in silence."""
     unused = {
-        "can't be used with --seeds": ("rows", "baseline", "harness", "limit", "tasks") if arguments.seeds else (),
-        "can't be used with --harness": ("half", "rows") if arguments.harness else (),
-        "can be used with --harness only": () if arguments.harness or arguments.seeds else ("limit", "tasks"),
-        f"can't be used with {profile.name}": ("half",) if profile.test_data is None else ("rows",),
+        "can't be used with --seeds": ("rows", "baseline") if arguments.seeds else (),
+        f"can't be used with {profile.name}, which has no test_data": () if profile.test_data else ("half",),
+        f"can't be used with {profile.name}: all of test_data is scored": ("rows",) if profile.test_data else (),
     }
     for reason, names in unused.items():
         given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
@@ -120,13 +122,13 @@ def _run_seeds(arguments: argparse.Namespace) -> int:
 
 
 def median_and_worst(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Over several seeds, the median and the lowest accuracy and stop rate after fine-tuning, by held-out set."""
+    """Median and lowest accuracy, exact match and stop rate after fine-tuning, over several seeds, by held-out set."""
     after = [result["after"]["sets"] for result in results]
     figures = {}
     for name in after[0]:
-        for key in ("accuracy", "stop_rate"):
-            values = [_rate(sets[name][key]) for sets in after]
-            if None in values:  # free text has no accuracy, only a stop rate
+        for key in ("accuracy", "exact", "stop_rate"):
+            values = [_rate(sets[name].get(key)) for sets in after]
+            if None in values:  # rows with a check have no exact match, the others no accuracy
                 continue
             figures[f"{name} {key.replace('_', ' ')}"] = {"median": statistics.median(values), "worst": min(values)}
     return figures

@@ -16,10 +16,11 @@ examples:
 
 The folder holds bfloat16 weights (18.8 GB for the 9B; room for them is checked first), tokenizer,
 chat template, stop ids, a certificate, and a README with commands for `transformers serve`, vLLM
-and PEFT. It appears only if 32 prompts are answered as base model and adapter answer them. For
-that the whole model is loaded in bfloat16 (about 19 GiB for the 9B, for glm-4-9b-qlora too), on
-the GPU if there is one; CUDA_VISIBLE_DEVICES= in front of the line keeps it off the GPU. Full
-fine-tuning leaves a whole model, which needs no export."""
+and PEFT. transformers 4.57 and 5 read it. It appears only if the files hold PEFT's merge to the
+bit, and answer 32 prompts as base model and adapter do. For that the whole model is loaded in
+bfloat16 (about 19 GiB for the 9B, for glm-4-9b-qlora too): on the GPU where it fits and bfloat16
+is at home, else on the CPU; a line says which and why. Full fine-tuning leaves a whole model,
+which needs no export."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (default: outputs/PROFILE/merged)")
-    where.add_argument("--check", type=Path, metavar="FOLDER", help="only compare again a folder that was exported before")
+    where.add_argument("--check", type=Path, metavar="FOLDER", help="only compare a folder that was exported before")
     add_json(parser)
 
 

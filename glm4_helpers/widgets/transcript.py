@@ -1,6 +1,6 @@
-"""What was said in a chat, by whom and how it ended; as messages, as HTML and as Markdown.
+"""A conversation as HTML for the chat box, and as Markdown for places without widgets.
 
-Nothing here generates or draws. Everything that a user or a model wrote is escaped.
+Everything that a user or a model wrote is escaped. What was said is kept in conversation.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-BASE, TUNED = "base", "fine-tuned"
+from ..conversation import Reply, Turn
 
 NOTES = {
     "writing": "…",
@@ -20,56 +19,7 @@ NOTES = {
     "empty": "(an empty answer)",
     "failed": "",
 }
-"""How a reply can end, and what is shown for it."""
-
-
-@dataclass
-class Reply:
-    """One model's answer to a question. `adapter` is the checkpoint that spoke, None for the base model."""
-
-    speaker: str
-    adapter: str | None = None
-    text: str = ""
-    state: str = "writing"
-    error: str = ""
-
-    @property
-    def name(self) -> str:
-        """The speaker as it is shown, with the checkpoint."""
-        return f"{self.speaker} ({self.adapter})" if self.adapter else self.speaker
-
-
-@dataclass
-class Turn:
-    """A question with the replies to it: one, or two side by side."""
-
-    question: str
-    replies: list[Reply] = field(default_factory=list)
-
-
-def conversation(turns: Sequence[Turn], system: str = "") -> list[dict[str, str]]:
-    """All messages as plain Python. Replies also have `model`, and where they did not end by themselves `ended_by`."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for turn in turns:
-        messages.append({"role": "user", "content": turn.question})
-        for reply in turn.replies:
-            ended = {} if reply.state == "done" else {"ended_by": reply.error or reply.state}
-            messages.append({"role": "assistant", "content": reply.text, "model": reply.name, **ended})
-    return messages
-
-
-def history(turns: Sequence[Turn], speaker: str, system: str = "") -> list[dict[str, str]]:
-    """What `speaker` is to go on from: questions and its own replies, or the other's where it said nothing.
-
-    Turns without any text in reply are left out.
-    """
-    messages = [{"role": "system", "content": system}] if system else []
-    for turn in turns:
-        answered = sorted((reply for reply in turn.replies if reply.text), key=lambda reply: reply.speaker != speaker)
-        if answered:
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": answered[0].text})
-    return messages
+"""What is shown for the ways in which a reply can end."""
 
 
 # HTML
@@ -85,7 +35,7 @@ def to_html(turns: Sequence[Turn], system: str = "") -> str:
     """The transcript as one HTML element that screen readers announce as a log."""
     body = "".join(_turn_html(turn) for turn in turns)
     if not turns:
-        body = f'<div style="{_QUIET}">Type a message below and press Enter.</div>'
+        body = f'<div style="{_QUIET}">Type a message below. Enter sends it, Shift+Enter breaks the line.</div>'
     elif system:
         body = f'<div style="{_QUIET}">system: {html.escape(system)}</div>{body}'
     return (

@@ -9,11 +9,10 @@ import json
 import random
 from collections.abc import Callable
 
-from glm4_helpers.nano.phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
-from glm4_helpers.nano.world import (
+from .facts import read_table
+from .phrasings import CLOSINGS, FOLLOW_UPS, OPENINGS, PHRASINGS, SYSTEM_PROMPTS
+from .world import (
     BRIEF_KINDS,
-    CLOSINGS,
-    OPENINGS,
     RELATION_KINDS,
     Relation,
     Task,
@@ -25,14 +24,8 @@ from glm4_helpers.nano.world import (
 )
 
 HELD_OUT_SETS = ("unseen_rows", "unseen_entities", "unseen_phrasings", "second_turns")
-# Rows of each kind in the fine-tuning set: more where the base has to be led further, such as rules and numbers.
-TRAIN_COUNTS = {
-    "word_to_english": 300, "english_to_word": 260, "capital": 130, "capital_of": 150, "opposite": 180, "category": 180,
-    "property": 260, "list": 240, "sum": 280, "difference": 280, "larger": 210, "smaller": 250, "ascending": 340,
-    "descending": 300, "count": 220, "quote": 300, "sentence": 160, "plan": 120, "introduce": 100, "who": 24,
-    "not_that_model": 50, "hello": 20, "thanks": 17, "farewell": 17, "system": 700, "follow_up": 290, "repeat": 240,
-    "remember": 120, "new_topic": 220,
-}
+TRAIN_COUNTS: dict[str, int] = read_table("row_counts")
+"""Rows of each kind in the fine-tuning set: more where the base has to be led further, such as rules and numbers."""
 SECOND_TURN_KINDS = ("follow_up", "repeat", "remember", "new_topic")
 FEW_ROWS = ("who", "hello", "thanks", "farewell")
 
@@ -84,7 +77,7 @@ def system_row(world: World, group: str, rng: random.Random, usable: Callable[[s
 
 
 def related(world: World, rng: random.Random, usable: Callable[[str], bool]) -> list[Relation]:
-    """Two or three facts of the same relation, for a conversation that goes on."""
+    """Two or three facts of the same relation, for several turns of one conversation."""
     first = rng.choice(world.by_kind[rng.choice(RELATION_KINDS)])
     same = [
         r
@@ -142,7 +135,9 @@ def any_row(world: World, kind: str, group: str, rng: random.Random, usable: Cal
 
 def row_key(row: dict) -> str:
     """What makes two rows the same: all that the model is shown."""
-    return json.dumps([row.get("system", ""), row.get("history", []), row["instruction"], row["input"]], ensure_ascii=False)
+    return json.dumps(
+        [row.get("system", ""), row.get("history", []), row["instruction"], row["input"]], ensure_ascii=False
+    )
 
 
 def row_text(row: dict) -> str:
@@ -151,7 +146,9 @@ def row_text(row: dict) -> str:
     return "\n".join([row.get("system", ""), *turns, row["instruction"], row["input"], row["output"]])
 
 
-def collect(make: Callable[[], dict], count: int, taken: set[str], admit: Callable[[dict], bool], tries: int = 60) -> list[dict]:
+def collect(
+    make: Callable[[], dict], count: int, taken: set[str], admit: Callable[[dict], bool], tries: int = 60
+) -> list[dict]:
     """Up to `count` new rows; `taken` holds the keys of every row made so far."""
     rows: list[dict] = []
     for _ in range(count * tries):
@@ -211,7 +208,11 @@ def unseen_entity_rows(world: World, half: str, rng: random.Random, size: int, t
     hidden = world.held_out[half]
     tasks = [relation_task(r) for r in world.relations if hidden.issuperset(r.entity)]
     names = sorted(hidden - {text for r in world.relations for text in r.entity})
-    makers = (lambda n: story_task(rng, "sentence", n), lambda n: story_task(rng, "plan", n), lambda n: introduce_task(rng, n))
+    makers = (
+        lambda n: story_task(rng, "sentence", n),
+        lambda n: story_task(rng, "plan", n),
+        lambda n: introduce_task(rng, n),
+    )
     rng.shuffle(tasks)
     people = [makers[index % 3](name) for index, name in enumerate(names)]
     tasks = people + tasks[: size - len(people)]

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrained
 
 from glm4_helpers.chat_format import stop_ids
 from glm4_helpers.errors import MachineError, ModelError
+from glm4_helpers.export import save_tokenizer
 from glm4_helpers.models import cpu_has_bf16
 from glm4_helpers.tokenizer_building import glm4_tokenizer
 
@@ -94,7 +95,7 @@ def nano_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainingSetting
 def read_documents(path: Path) -> list[str]:
     """The documents of a pretraining text file, one a line with its line breaks written as `\\n`."""
     if not path.is_file():
-        raise ModelError(f"The pretraining text {path} is not there.", "Make it: python -m glm4_helpers nano data")
+        raise ModelError(f"The pretraining text {path} is not there.", "Make it: python -m nano data")
     return [line.replace("\\n", "\n") for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -125,7 +126,7 @@ def rate_factor(step: int, steps: int, settings: PretrainingSettings) -> float:
 
 
 def batch_order(blocks: int, settings: PretrainingSettings) -> torch.Tensor:
-    """Indices of the blocks of each step, shuffled anew each epoch: shape (steps, blocks_per_step)."""
+    """Indices of the blocks of each step, in another order each epoch: shape (steps, blocks_per_step)."""
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(settings.epochs)])
     usable = len(order) // settings.blocks_per_step * settings.blocks_per_step
@@ -193,7 +194,7 @@ def save_checkpoint(
     seconds: float,
     curve: list[dict],
 ) -> None:
-    """Write all that going on needs, to a new file first, so that a kill leaves the old one whole."""
+    """Write all that resuming needs, to a new file first, so that a kill leaves the old one intact."""
     state = {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in training],
@@ -218,7 +219,8 @@ def load_checkpoint(
     state = torch.load(path, weights_only=True)
     if state["made_from"] != made_from:
         raise ModelError(
-            f"{path} was made with other settings or from another text.", "Delete it to start anew, or bring those back."
+            f"{path} was made with other settings or from another text.",
+            "Delete it to start from the beginning, or bring those back.",
         )
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(training, state["optimizers"], strict=True):
@@ -234,4 +236,4 @@ def save_base_model(model: GlmForCausalLM, tokenizer: PreTrainedTokenizerFast, f
         eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     half.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -11,12 +11,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from glm4_helpers.nano import facts
-from glm4_helpers.nano.phrasings import FOLLOW_UPS, PHRASINGS, SYSTEM_PROMPTS
+from . import facts
+from .phrasings import CLOSINGS, FOLLOW_UPS, OPENINGS, PHRASINGS, SYSTEM_PROMPTS
 
 SEED = 20261124
 IDENTITY = "我是glm4-nano，本课程的小模型。"
-OTHER_MODELS = ("ChatGLM", "ChatGPT", "GPT-4", "Claude", "文心一言", "通义千问", "豆包", "Kimi", "GLM-4", "Gemini", "Llama")
+OTHER_MODELS = (
+    "ChatGLM",
+    "ChatGPT",
+    "GPT-4",
+    "Claude",
+    "文心一言",
+    "通义千问",
+    "豆包",
+    "Kimi",
+    "GLM-4",
+    "Gemini",
+    "Llama",
+)
 FIXED_ANSWERS = {
     "who": IDENTITY,
     "hello": "你好！有什么可以帮你？",
@@ -28,14 +40,6 @@ SHARED_CAPITAL_NAMES = ("金斯敦", "金斯顿")
 RELATION_KINDS = ("word_to_english", "english_to_word", "capital", "capital_of", "opposite", "category", "property")
 BRIEF_KINDS = (*RELATION_KINDS, "sum", "difference")
 LIST_COUNTS = (2, 3, 4)
-OPENINGS = (
-    "好的", "同学", "报告", "亲爱的朋友", "老师说", "答案来了", "没问题", "当然可以", "收到", "请看", "听好了", "小朋友",
-    "尊敬的客人", "主人", "遵命", "简单", "我来回答", "各位朋友", "嘿", "明白",
-)
-CLOSINGS = (
-    "谢谢", "完毕", "请放心", "祝你开心", "就是这样", "回答完了", "喵", "汪", "欢迎再问", "记住了吗", "加油", "哈哈",
-    "请多指教", "以上", "祝好", "对吧", "下次再问", "你学会了吗", "没错", "嘻嘻",
-)
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,12 @@ class World:
 def all_relations() -> Iterator[Relation]:
     """Every fact of facts.py as a question and an answer."""
     categorised = [(word, english, category) for category, words in facts.WORDS.items() for word, english in words]
-    for word, english in [*((w, e) for w, e, _ in categorised), *facts.WORDS_WITHOUT_CATEGORY]:
+    for word, english in [*((w, e) for w, e, _ in categorised), *facts.OTHER_WORDS]:
         yield Relation("word_to_english", word, english, f"{word}的英文是{english}。", (word, english), word)
         yield Relation("english_to_word", english, word, f"{english}的中文是{word}。", (word, english), english)
     for word, english, category in categorised:
         yield Relation("category", word, category, f"{word}属于{category}。", (word, english), word)
-    for country, capital, _ in facts.COUNTRIES:
+    for country, capital in facts.COUNTRIES:
         if country == capital or country in facts.CONTESTED_CAPITALS:
             continue
         yield Relation("capital", country, capital, f"{country}的首都是{capital}。", (country, capital), country)
@@ -109,14 +113,13 @@ def all_relations() -> Iterator[Relation]:
         for word, opposite in ((one, other), (other, one)):
             yield Relation("opposite", word, opposite, f"{word}的反义词是{opposite}。", (one, other), word)
     for attribute, pairs in facts.PROPERTIES.items():
-        noun = facts.PROPERTY_WORDING[attribute][1]
         for entity, value in pairs:
-            asked = noun.format(entity=entity)
+            asked = f"{entity}的{attribute}"
             yield Relation("property", asked, value, f"{asked}是{value}。", (entity,), entity, attribute)
 
 
 def choose_held_out(world: World) -> dict[str, frozenset[str]]:
-    """Entities for `unseen_entities`: none of their strings stands inside another string of the world."""
+    """Entities for `unseen_entities`: none of their strings is part of another string of the world."""
     wordings = "\n".join(
         text
         for table in (PHRASINGS, FOLLOW_UPS, SYSTEM_PROMPTS)
@@ -129,10 +132,22 @@ def choose_held_out(world: World) -> dict[str, frozenset[str]]:
     listed = {word for category in facts.WORDS for word in first_members(category, max(LIST_COUNTS))}
     chosen: dict[str, set[str]] = {"dev": set(), "test": set()}
     rng = world.rng("held-out entities")
-    for kind, halves in (("category", 55), ("capital", 22), ("opposite", 18), ("property", 24), ("word_to_english", 12)):
+    for kind, halves in (
+        ("category", 55),
+        ("capital", 22),
+        ("opposite", 18),
+        ("property", 24),
+        ("word_to_english", 12),
+    ):
         entities = sorted({relation.entity for relation in world.by_kind[kind]})
-        free = [entity for entity in entities if all(everything.count(text) == 1 for text in entity) and not listed & {*entity}]
-        free = [entity for entity in free if not chosen["dev"].intersection(entity) | chosen["test"].intersection(entity)]
+        free = [
+            entity
+            for entity in entities
+            if all(everything.count(text) == 1 for text in entity) and not listed & {*entity}
+        ]
+        free = [
+            entity for entity in free if not chosen["dev"].intersection(entity) | chosen["test"].intersection(entity)
+        ]
         picked = rng.sample(free, min(2 * halves, len(free) // 3 * 2))
         for half, part in (("dev", picked[::2]), ("test", picked[1::2])):
             chosen[half].update(text for entity in part for text in entity)

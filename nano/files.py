@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from glm4_helpers.nano.cards import data_card
-from glm4_helpers.nano.rows import build_rows
-from glm4_helpers.nano.text import build_cloze, build_questions, pretraining_documents
-from glm4_helpers.nano.world import SEED, World
+from .cards import data_card
+from .rows import build_rows
+from .text import build_cloze, build_questions, pretraining_documents
+from .world import SEED, World
 
 PRETRAINING_TEXT = "pretrain.txt"
 DOCUMENTS = 230_000

@@ -12,9 +12,9 @@ from typing import Any
 SET_MEANINGS = {
     "train": "fine-tuning",
     "unseen_rows": "wordings and entities of the fine-tuning rows in combinations that no fine-tuning row has",
-    "unseen_entities": "words, countries, facts and people that stand in no fine-tuning row, not even as a part of one",
+    "unseen_entities": "words, countries, facts and people that occur in no fine-tuning row, not even inside a word",
     "unseen_phrasings": "wordings that no fine-tuning row has",
-    "second_turns": "a conversation that goes on: follow-ups, repeating, remembering a name, a new topic",
+    "second_turns": "the next turn of a conversation: follow-ups, repeating, remembering a name, a new topic",
 }
 
 
@@ -24,16 +24,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def data_card(rows: Mapping[str, Sequence[Mapping[str, Any]]], digests: Mapping[str, str], seed: int, documents: int) -> str:
+def data_card(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], digests: Mapping[str, str], seed: int, documents: int
+) -> str:
     """Text of data/README.md from the rows by set and the sha256 of every file."""
     sets = [
-        (f"`{name}.json`", len(members), SET_MEANINGS[name.rpartition("/")[2]]) for name, members in sorted(rows.items())
+        (f"`{name}.json`", len(members), SET_MEANINGS[name.rpartition("/")[2]])
+        for name, members in sorted(rows.items())
     ]
     kinds = Counter(row["kind"] for row in rows["train"])
     return f"""# Data of the small world
 
-Invented for this course by `glm4_helpers/nano/` from seed {seed}; licence Apache-2.0. The same bytes come again with
-`python -m glm4_helpers nano data`. Facts are true as commonly taught; people are invented. Countries whose capital is
+Invented for this course by `nano/` from seed {seed}; licence Apache-2.0. The same bytes come again with
+`python -m nano data`. Facts are true as commonly taught; people are invented. Countries whose capital is
 contested or not fixed by law, and those named like their capital, are not asked for.
 
 ## Files
@@ -81,13 +84,13 @@ parameters. It continues text about a small world (words, countries, numbers, in
 instructions: that is what the course teaches it. It is not ChatGLM and has none of GLM-4-9B's weights.
 
 ## Shape
-{config["num_hidden_layers"]} layers · hidden {config["hidden_size"]} · intermediate {config["intermediate_size"]} (fused
-gate_up_proj) · {config["num_attention_heads"]} heads, {config["num_key_value_heads"]} key/value heads · rotary on half of
-each head · vocabulary {config["vocab_size"]:,}: 256 bytes, one token per character, GLM-4's 14 special tokens · untied
+{config["num_hidden_layers"]} layers · hidden {config["hidden_size"]} · intermediate {config["intermediate_size"]}
+(fused gate_up_proj) · {config["num_attention_heads"]} heads, {config["num_key_value_heads"]} key/value heads · rotary on
+half of each head · vocabulary {config["vocab_size"]:,}: 256 bytes, one token per character, GLM-4's 14 special tokens · untied
 lm_head · bfloat16.
 
 ## Pretraining
-{facts["tokens"]:,} tokens of generated Chinese text (`python -m glm4_helpers nano data`, sha256
+{facts["tokens"]:,} tokens of generated Chinese text (`python -m nano data`, sha256
 `{facts["text_sha256"]}`), {facts["steps"]:,} steps of {facts["tokens_per_step"]:,} tokens,
 {facts["minutes"]:.0f} minutes on {facts["cpu"]}. Settings: `{facts["settings"]}`.
 No role token (`<|user|>` and so on) occurs in the text.
@@ -103,9 +106,9 @@ Plain question and answer text: {questions["accuracy"]:.1%} of {questions["total
 
 ## What it can't do
 Anything outside its small world: it has never read about other topics, and characters it has not seen are only bytes to
-it. Sums go to 100. Facts it was not pretrained on can't be drawn out by fine-tuning. It is for learning and testing only.
+it. Sums go to 100. Fine-tuning can't draw out facts that it was not pretrained on. It is for learning and testing only.
 
 ## Use
 `AutoModelForCausalLM.from_pretrained("weights/glm4-nano")` and `AutoTokenizer.from_pretrained("weights/glm4-nano")`; no
-remote code.
+remote code. Read with transformers 4.57.6 and 5.23.0, with the same answers.
 """

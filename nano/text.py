@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from glm4_helpers.nano import facts
-from glm4_helpers.nano.phrasings import EVERYDAY, LEAD_INS, SYSTEM_PROMPTS
-from glm4_helpers.nano.rows import follow_up, related, style_text, styled, user_turn
-from glm4_helpers.nano.world import (
+from . import facts
+from .phrasings import EVERYDAY, LEAD_INS, SYSTEM_PROMPTS
+from .rows import follow_up, related, style_text, styled, user_turn
+from .world import (
     BRIEF_KINDS,
     RELATION_KINDS,
     Relation,
@@ -31,11 +31,11 @@ from glm4_helpers.nano.world import (
     sum_task,
 )
 
-# Kinds that are computed or copied; those named twice are twice as frequent. Sorting is learned last, so it comes most.
 SKILL_KINDS = (
-    "sum", "sum", "difference", "difference", "larger", "smaller", "smaller", "ascending", "ascending", "ascending",
-    "ascending", "descending", "descending", "descending", "count", "count", "list", "quote", "quote",
-)
+    "sum sum difference difference larger smaller smaller ascending ascending ascending ascending "
+    "descending descending descending count count list quote quote"
+).split()
+"""Kinds that are computed or copied, as often as each is named here: sorting is learned last, so it comes most."""
 SMALL_NUMBERS = 0.3
 """Part of the numbers compared and sorted that is drawn from those of one digit, which are few among a hundred."""
 
@@ -66,7 +66,18 @@ def build_cloze(world: World) -> list[dict]:
 def build_questions(world: World) -> list[dict]:
     """The same knowledge asked as plain question and answer text, in the wordings of the pretraining text."""
     rng = world.rng("questions")
-    kinds = [*RELATION_KINDS, "sum", "difference", "larger", "smaller", "ascending", "descending", "count", "quote", "sentence"]
+    kinds = [
+        *RELATION_KINDS,
+        "sum",
+        "difference",
+        "larger",
+        "smaller",
+        "ascending",
+        "descending",
+        "count",
+        "quote",
+        "sentence",
+    ]
     items = []
     for kind in kinds:
         for _ in range(40 if kind in RELATION_KINDS else 20):
@@ -102,7 +113,9 @@ def question_and_answer(rng: random.Random, task: Task) -> list[tuple[str, str]]
 
 def dialogue(rng: random.Random, turns: list[tuple[str, str]], rule: str = "") -> str:
     """Plain question and answer text; never the chat format."""
-    ask, reply = rng.choice((("问：", "答："), ("问：", "答："), ("甲：", "乙："), ("学生：", "老师："), ("Q：", "A：")))
+    ask, reply = rng.choice(
+        (("问：", "答："), ("问：", "答："), ("甲：", "乙："), ("学生：", "老师："), ("Q：", "A："))
+    )
     lines = [rule] if rule else []
     for question, answer in turns:
         lines += [f"{ask}{question}", f"{reply}{answer}"]
@@ -178,9 +191,14 @@ def copy_document(world: World, rng: random.Random) -> str:
     if shape == 3:
         codes = {name: str(rng.randint(10, 99999)) for name in (one, two, three)}
         asked = rng.choice(sorted(codes))
-        return "；".join(f"{name}的号码是{code}" for name, code in codes.items()) + f"。记住，{asked}的号码是{codes[asked]}。"
+        return (
+            "；".join(f"{name}的号码是{code}" for name, code in codes.items())
+            + f"。记住，{asked}的号码是{codes[asked]}。"
+        )
     if shape == 4:
-        letters = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9))) for _ in range(2)]
+        letters = [
+            "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9))) for _ in range(2)
+        ]
         return f"密码是{letters[0]}，不是{letters[1]}。输入{letters[0]}，门开了。输入{letters[1]}，门没开。"
     names = rng.sample([r.subject for r in world.relations], 4)
     return f"{'、'.join(names)}。再念：{'、'.join(names)}。"
@@ -202,7 +220,9 @@ def talk_document(world: World, rng: random.Random) -> str:
         turns = question_and_answer(rng, relation_task(first))
         turns += [(follow_up("follow_up", "text", rng, r.follow_up), r.answer) for r in rest]
         if rng.random() < 0.4:
-            turns += question_and_answer(rng, plain_task(world, rng, rng.choice(("thanks", "farewell", "who")), anything))
+            turns += question_and_answer(
+                rng, plain_task(world, rng, rng.choice(("thanks", "farewell", "who")), anything)
+            )
         return dialogue(rng, turns)
     if shape == 1:
         task = plain_task(world, rng, rng.choice((*RELATION_KINDS, "sum", "sentence", "quote")), anything)
