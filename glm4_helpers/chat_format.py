@@ -122,8 +122,8 @@ def encode(tokenizer, messages: Sequence[Mapping[str, Any]], terminator: str = T
     The ids are those of ``render``, plus one terminator after a last assistant turn; tools are worded as the
     tokenizer's own template has them. Labels cover what the model writes in every assistant turn, which is a call's
     function name (``metadata``), the newline, the content and the end; all else is IGNORE. The format closes no turn,
-    so after an answer in the middle the input keeps the next role token while the label there is the terminator: every answer
-    learns the same ending. A call that follows its own text or another call is part of one answer, so its
+    so after an answer in the middle the input keeps the next role token while the label there is the terminator: every
+    answer learns the same ending. A call that follows its own text or another call is part of one answer, so its
     ``<|assistant|>`` is learned in place of an ending. A message with ``"train": False`` is read and not learned; one
     with ``"ended": False`` learns no ending. Control tokens are placed by id, so no text in a message can forge a turn.
 

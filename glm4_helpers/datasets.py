@@ -36,8 +36,9 @@ EXAMPLES = 3
 _SKIP = "--set skip_bad_rows=true leaves such rows out"
 
 
-def read_rows(source: Source) -> list[dict[str, Any]]:
+def read_rows(source: Source, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Rows of a file, of all files below a folder, of a data set on a hub, or of several of these, as they are written.
+    ``columns`` renames columns.
 
     JSON, JSON Lines, CSV, Excel, Parquet, Arrow, any of them compressed or zipped, and folders of ``save_to_disk`` are
     read. Paths count from the working folder, then from the course folder. A hub id such as
@@ -49,7 +50,7 @@ def read_rows(source: Source) -> list[dict[str, Any]]:
     for place in places:
         if isinstance(place.row, DataError):
             raise _placed(place.row, place.where)
-    return [dict(place.row) for place in places]
+    return [{(columns or {}).get(name, name): value for name, value in place.row.items()} for place in places]
 
 
 def to_messages(

@@ -350,9 +350,9 @@ def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]
         raise SettingError(f"{profile.name} has no {half}_data.", f"Give rows with --set {half}_data=FILE.")
     source = data_source(data)
     if not isinstance(source, Path):
-        return {data.rpartition("/")[2]: _held_out_rows(source, data)}
+        return {data.rpartition("/")[2]: _held_out_rows(source, data, profile.columns)}
     if not source.is_dir():
-        return {source.stem: _held_out_rows(source, data)}
+        return {source.stem: _held_out_rows(source, data, profile.columns)}
     files = [file for file in source.iterdir() if file.is_file() and file.name[0] != "." and file.suffix != ".md"]
     absent = set(SET_NAMES) - {file.stem for file in files} if data in ("data/dev", "data/test") else ()
     if absent:
@@ -363,12 +363,15 @@ def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]
     files.sort(key=lambda file: (order.get(file.stem, len(order)), file.name))
     stems = Counter(file.stem for file in files)
     names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
-    return {name: _held_out_rows(file, f"{data}/{file.name}") for name, file in zip(names, files, strict=True)}
+    return {
+        name: _held_out_rows(file, f"{data}/{file.name}", profile.columns)
+        for name, file in zip(names, files, strict=True)
+    }
 
 
-def _held_out_rows(source: str | Path, shown: str) -> list[dict[str, Any]]:
+def _held_out_rows(source: str | Path, shown: str, columns: Mapping[str, str] | None) -> list[dict[str, Any]]:
     """The rows of one set, each of them fit to be asked and, where it has a check, judged."""
-    rows = read_rows(source)
+    rows = read_rows(source, columns)
     for number, row in enumerate(rows, 1):
         where = f"{shown}, row {number}"
         if not can_be_asked(to_messages(row, where)):

@@ -44,7 +44,7 @@ _OTHER_TRAINING = {
 
 
 class Conversation(NamedTuple):
-    """A row as messages, the name of its shape, the columns and message keys that nothing was made of, and KEPT_COLUMNS."""
+    """A row as messages, its shape's name, the columns and message keys that nothing was made of, and KEPT_COLUMNS."""
 
     shape: str
     messages: list[Message]

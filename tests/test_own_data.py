@@ -13,7 +13,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets as hf
 import pandas
@@ -24,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glm4_helpers import datasets as data
-from glm4_helpers import row_files
 from glm4_helpers.chat_format import IGNORE, encode, prompt_ids
 from glm4_helpers.commands import parse_setting
 from glm4_helpers.errors import CourseError, DataError, MachineError, SettingError
@@ -346,6 +344,7 @@ def test_columns_of_other_names_get_a_meaning(tmp_path, caplog):
     assert "no row has the column 问提" in caplog.text
     with pytest.raises(SettingError, match="'问题' the unknown meaning 'instructon'"):
         data.load_messages(tmp_path / "mine.csv", {"问题": "instructon"})
+    assert data.to_messages(data.read_rows(tmp_path / "mine.csv", value)[0])[1]["content"] == "你好！"
     (tmp_path / "spaces.csv").write_text(" ID , 问题 ,答案\n7,你好,你好！\n", encoding="utf-8")
     assert data.load_messages(tmp_path / "spaces.csv", value)["id"] == ["7"]
     with pytest.raises(SettingError, match="columns can't be"):
