@@ -133,7 +133,7 @@ def _looks_like_hub_id(source: str | Path, candidates: Iterable[Path]) -> bool:
     """OWNER/NAME, unless OWNER is a folder at hand or NAME is that of a file."""
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         return False
-    return not source.lower().endswith(ENDINGS) and not any(path.parent.is_dir() for path in candidates)
+    return not _holds_rows(Path(source)) and not any(path.parent.is_dir() for path in candidates)
 
 
 def _read(path: Path, shown: str) -> bytes:

@@ -67,6 +67,9 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str] | None = Non
     beside = _system(row)
     messages = _joined_system(beside, SHAPES[shape].read(row, ignored))
     _check_order(messages)
+    for message in messages:
+        for name in ("content", "metadata", "tools"):
+            checked_text(message.get(name, ""), f"the {name} of a message ({message['role']})")
     if trained is False:
         messages = [_untrained(message) for message in messages]
     kept = {name: row.pop(name) for name in KEPT_COLUMNS if name in row}

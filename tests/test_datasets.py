@@ -97,6 +97,9 @@ def test_system_prompt_and_tools_beside_the_conversation_are_taken(write):
         ({"messages": MESSAGES, "tools": "{"}, "'tools' is not JSON"),
         ({"messages": MESSAGES, "tools": {"name": "add"}}, "'tools' is an object"),
         ({**ALPACA, "output": "\ud83d"}, "half a character"),
+        ({**ALPACA, "history": [["a", "\ud83d"]]}, "half a character"),
+        ({**ALPACA, "tools": [{"name": "add", "description": "\ud83d"}]}, "the tools of a message .* half a character"),
+        ({"messages": [MESSAGES[0], {"role": "tool_call", "content": '{"name": "\\ud83d"}'}]}, "the metadata of .* half"),
     ],
 )
 def test_what_would_be_lost_or_taught_wrongly_is_refused(write, row, word):
@@ -195,7 +198,7 @@ def test_a_byte_order_mark_does_no_harm(tmp_path):
     assert data.read_rows(path) == [ALPACA]
 
 
-@pytest.mark.parametrize("source", ["gone.json", "no/such/folder/gone.jsonl", "gone"])
+@pytest.mark.parametrize("source", ["gone.json", "no/such/folder/gone.jsonl", "gone", "gone/rows.csv.gz"])
 def test_absent_files_are_said(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=f"{source} was not found"):
