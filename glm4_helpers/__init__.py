@@ -14,6 +14,7 @@ _MODULES = (
     "training", "evaluation", "plots", "widgets", "terminal_chat", "memory", "download", "export", "rehearsal",
     "exercises",
 )  # fmt: skip
+_ROOMS = {"tracking": "runs"}
 
 _NAMES = {
     "CourseError": "errors",
@@ -66,7 +67,8 @@ def __getattr__(name: str):
     if name in _NAMES:
         return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
+        room = f".{_ROOMS[name]}" if name in _ROOMS else ""
+        return importlib.import_module(f"{room}.{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -213,9 +213,9 @@ def _gist(messages: Sequence[Mapping[str, Any]]) -> str:
     return re.sub(r"[\s,.!?;:'\"，。、！？；：“”‘’…]+", "", unicodedata.normalize("NFKC", text).casefold())
 
 
-def profile_rows(profile: Profile, name: str) -> Dataset:
-    """The rows of a profile's train_data or dev_data, read as its columns and skip_bad_rows say."""
-    return load_messages(data_source(getattr(profile, name)), profile.columns, profile.skip_bad_rows)
+def profile_rows(profile: Profile, name: str) -> tuple[Dataset, dict[str, Any]]:
+    """``load_and_count`` of a profile's train_data or dev_data, read as its columns and skip_bad_rows say."""
+    return load_and_count(data_source(getattr(profile, name)), profile.columns, profile.skip_bad_rows)
 
 
 def split(dataset: Dataset, dev_fraction: float, seed: int) -> tuple[Dataset, Dataset]:

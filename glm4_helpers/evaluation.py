@@ -21,9 +21,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .callbacks import read_json
 from .chat_format import IGNORE, TERMINATOR, encode, prompt_ids, stop_ids
-from .datasets import can_be_asked, data_source, fingerprint, local_copy, profile_rows, read_rows, split, to_messages
+from .datasets import can_be_asked, data_source, fingerprint, local_copy, read_rows, to_messages
 from .errors import DataError, ModelError, SettingError
 from .generation import Answer, answers, continuations
 from .models import (
@@ -37,8 +36,10 @@ from .models import (
     load_tokenizer,
     meta_model,
 )
-from .paths import RUN_FILE, TRAINING_FILE, home
+from .paths import home
 from .profiles import Profile, get_profile, profile_names
+from .runs.provenance import as_trained
+from .runs.rows import train_and_dev
 
 SET_NAMES = ("unseen_rows", "unseen_entities", "unseen_phrasings", "second_turns")
 SENTENCE_ENDS = "。！？\n，；"
@@ -438,11 +439,10 @@ def read_free_text(
 
 def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
     """The dev conversations, split off as training does it."""
-    if profile.dev_data is not None:
-        return profile_rows(profile, "dev_data")["messages"]
-    if not profile.dev_fraction:
+    dev = train_and_dev(profile)[1]
+    if dev is None:
         raise DataError(f"{profile.name} holds no rows out.", "Train with dev_fraction=0.05, or give dev_data.")
-    return split(profile_rows(profile, "train_data"), profile.dev_fraction, profile.training.seed)[1]["messages"]
+    return dev["messages"]
 
 
 def _identity(messages: Sequence[Mapping[str, str]]) -> str:
@@ -454,10 +454,7 @@ def training_overlap(profile: Profile, held_out: Mapping[str, Sequence[Mapping[s
     sources = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
     if not all(isinstance(data_source(each), Path) or local_copy(each).exists() for each in sources):
         return None
-    rows = profile_rows(profile, "train_data")
-    if profile.dev_data is None and profile.dev_fraction:
-        rows = split(rows, profile.dev_fraction, profile.training.seed)[0]
-    trained = {_identity(messages[:-1]) for messages in rows["messages"]}
+    trained = {_identity(messages[:-1]) for messages in train_and_dev(profile)[0]["messages"]}
     return sum(_identity(to_messages(row)[:-1]) in trained for rows in held_out.values() for row in rows)
 
 
@@ -510,7 +507,7 @@ def before_after(
     """
     tokenizer = load_tokenizer(profile)
     check_trained(profile, adapter_dir)
-    trained = _as_trained(profile, adapter_dir)
+    trained = as_trained(profile, adapter_dir)
     free_text = profile.test_data is None
     held_out = read_free_text(trained, tokenizer, row_count) if free_text else read_held_out(profile, half)
     result = {
@@ -540,19 +537,6 @@ def check_trained(profile: Profile, trained: Path) -> None:
         check_trained_model(trained)
     else:
         check_adapter(meta_model(profile), trained, profile)
-
-
-def _as_trained(profile: Profile, trained: Path) -> Profile:
-    """The profile with the data and split of this training; another split might hold out rows that it has seen."""
-    record = read_json(Path(trained) / TRAINING_FILE) or read_json(Path(trained).parent / RUN_FILE)
-    if record is None:
-        return profile
-    settings = record["facts"]["profile"]
-    return replace(
-        profile,
-        **{name: settings[name] for name in ("train_data", "dev_data", "dev_fraction")},
-        training=replace(profile.training, seed=settings["training"]["seed"]),
-    )
 
 
 def score_both(

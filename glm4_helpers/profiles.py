@@ -344,6 +344,11 @@ def get_profile(name: str | None = None, **overrides: Any) -> Profile:
     return profile
 
 
+def unchanged(profile: Profile) -> Profile:
+    """The profile of that name as it stands here, before any setting was changed; itself where it is not from here."""
+    return next((known for known in _PROFILES if known.name == profile.name), profile)
+
+
 def profile_settings(profile: Profile) -> dict[str, Any]:
     """The profile's name and settings as a dict that JSON can hold: nested like the dataclasses, tuples as lists."""
     settings = json.loads(json.dumps(dataclasses.asdict(profile)))

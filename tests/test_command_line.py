@@ -265,7 +265,7 @@ def test_chat_hands_its_options_on(monkeypatch, tmp_path):
 def test_train_hands_its_options_on_and_prints_figures(monkeypatch, tmp_path, capsys):
     from glm4_helpers import training
 
-    result = SimpleNamespace(adapter_dir=tmp_path, seconds=12.0, final_loss=0.25, log_history=[{"loss": 0.25}])
+    result = SimpleNamespace(adapter_dir=tmp_path, seconds=12.0, final_loss=0.25, best_step=None, kept="the last step", log_history=[{"loss": 0.25}])
     train = replaced_with_a_double(monkeypatch, training, "train_or_load", result)
     line = ["train", "--force", "--no-resume", "--seed", "3", "--output", str(tmp_path), "--tracking", "disabled"]
     assert command_line.main([*line, "--json"]) == 0

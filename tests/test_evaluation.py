@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from tiny_models import save_live_adapter, save_model, tiny_glm, tiny_tokenizer
 
-from glm4_helpers import chat_format, evaluation, models, training
+from glm4_helpers import chat_format, evaluation, models
 from glm4_helpers.__main__ import main
 from glm4_helpers.datasets import to_messages
 from glm4_helpers.errors import DataError, ModelError, SettingError
@@ -35,6 +35,7 @@ from glm4_helpers.evaluation import (
 )
 from glm4_helpers.generation import Answer
 from glm4_helpers.profiles import get_profile, profile_settings
+from glm4_helpers.runs.rows import train_and_dev
 
 EDGE_TEMPLATE = "{% for item in messages %}<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}<|assistant|>"
 FRUIT = {
@@ -258,7 +259,7 @@ def test_free_text_is_scored_on_rows_that_training_keeps_out(course):
     profile = free_text_profile()
     tokenizer = models.load_tokenizer(profile)
     chosen = [json.dumps(row["messages"]) for row in read_free_text(profile, tokenizer, 10)["held_out_rows"]]
-    train, dev = training._messages(profile)
+    train, dev = train_and_dev(profile)
     assert len(set(chosen)) == 10
     assert not set(chosen) & {json.dumps(messages) for messages in train["messages"]}
     assert set(chosen) <= {json.dumps(messages) for messages in dev["messages"]}
@@ -423,7 +424,7 @@ def test_a_file_of_own_rows_is_scored_as_one_set(course, tmp_path, monkeypatch, 
 
 
 def is_trained(row):
-    train, _ = training._messages(free_text_profile())
+    train, _ = train_and_dev(free_text_profile())
     return to_messages(row) in [models_messages(messages) for messages in train["messages"]]
 
 

@@ -113,7 +113,7 @@ def test_two_processes_learn_what_one_does(course, one_process, config, request,
     report("Losses of one process, of two, and their difference", "\n".join([f"{KINDS[config]} ({config})", *compared]))
     assert two == pytest.approx(one, abs=1e-3)
     assert one[0] > one[-1], "the run must have learned something, or equal losses say nothing"
-    assert printed.count("final loss") == 1, "only the first process may print"
+    assert printed.count("Result in") == 1, "only the first process may print"
 
 
 @pytest.mark.slow

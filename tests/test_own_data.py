@@ -265,7 +265,7 @@ def test_several_sources_are_read_one_after_the_other(rows_folder, monkeypatch):
     train_data = parse_setting("train_data=[rows/A.JSON, rows/deep]")[1]
     profile = get_profile(train_data=train_data)
     assert profile.train_data == ("rows/A.JSON", "rows/deep")
-    assert len(data.profile_rows(profile, "train_data")) == 2
+    assert len(data.profile_rows(profile, "train_data")[0]) == 2
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path, nano_tokenizer):
@@ -338,8 +338,9 @@ def test_columns_of_other_names_get_a_meaning(tmp_path, caplog):
     (tmp_path / "mine.csv").write_text("问题,答案,来源\n你好,你好！,书\n", encoding="utf-8")
     key, value = parse_setting("columns={问题: instruction, 答案: output}")
     profile = get_profile(**{key: value, "train_data": str(tmp_path / "mine.csv")})
-    assert data.profile_rows(profile, "train_data")["messages"][0][1]["content"] == "你好！"
-    assert "ignored: column 来源 (1)" in caplog.text
+    dataset, found = data.profile_rows(profile, "train_data")
+    assert dataset["messages"][0][1]["content"] == "你好！"
+    assert data.report(dataset, found).splitlines()[1:] == ["ignored: column 来源 (1)"]
     data.load_messages(tmp_path / "mine.csv", {**value, "问提": "system"})
     assert "no row has the column 问提" in caplog.text
     with pytest.raises(SettingError, match="'问题' the unknown meaning 'instructon'"):
@@ -351,15 +352,16 @@ def test_columns_of_other_names_get_a_meaning(tmp_path, caplog):
         get_profile(columns={"问题": 3})
 
 
-def test_bad_rows_are_counted_and_can_be_left_out(tmp_path, caplog):
+def test_bad_rows_are_counted_and_can_be_left_out(tmp_path):
     rows = [ALPACA, {"instruction": "a"}, "x", {**ALPACA, "output": 1}, {"instruction": "b"}, ALPACA]
     (tmp_path / "rows.jsonl").write_text(lines(*rows) + "\n{oops}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"^5 of 7 rows can't be used\. .*row 2 \(line 2\): .*row 3 .*row 4 .*and 2 more") as caught:
         data.load_messages(tmp_path / "rows.jsonl")
     assert "--set skip_bad_rows=true" in caught.value.fix
     profile = get_profile(skip_bad_rows=True, train_data=str(tmp_path / "rows.jsonl"))
-    assert len(data.profile_rows(profile, "train_data")) == 2
-    assert "rows left out: 2, the column 'output' is missing" in caplog.text and "row 5 (line 5)" in caplog.text
+    dataset, found = data.profile_rows(profile, "train_data")
+    said = data.report(dataset, found)
+    assert len(dataset) == 2 and "rows left out: 2, the column 'output' is missing" in said and "row 5 (line 5)" in said
     with pytest.raises(DataError, match="1 of 1|row 1") as caught:
         data.load_messages(_written(tmp_path / "all.json", [{"instruction": "a"}]), skip_bad=True)
     assert "skip_bad_rows" not in caught.value.fix

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -10,16 +11,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
+from transformers import TrainerCallback
 
 from conftest import ROOT
 from glm4_helpers import chat_format, datasets, models, training
-from glm4_helpers.callbacks import MARKER, checkpoint_folders, is_complete
-from glm4_helpers.errors import ModelError, SettingError
+from glm4_helpers.errors import DataError, MachineError, ModelError, SettingError
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.runs.checkpoints import MARKER, checkpoint_folders, is_complete
+from glm4_helpers.runs.processes import join_processes
+from glm4_helpers.runs.provenance import as_trained
+from glm4_helpers.runs.rows import dev_note, train_and_dev
 from test_tracking import scalars
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
 
@@ -51,7 +59,7 @@ def course(tmp_path_factory) -> Path:
     tokenizer = tiny_tokenizer()
     save_model(folder / "weights" / "glm4-nano", tiny_glm(tokenizer, initializer_range=0.02), tokenizer)
     (folder / "data" / "train.json").write_text(json.dumps(rows(80, 1)), encoding="utf-8")
-    (folder / "data" / "dev" / "unseen_rows.json").write_text(json.dumps(rows(20, 2)), encoding="utf-8")
+    (folder / "data" / "dev" / "unseen_rows.json").write_text(json.dumps(rows(20, 16)), encoding="utf-8")
     return folder
 
 
@@ -98,9 +106,30 @@ def test_sft_config_is_the_profile_s(tmp_path):
     settings = training.sft_config(get_profile("glm-4-9b-lora"), tmp_path, torch.bfloat16)
     assert (settings.learning_rate, settings.num_train_epochs, settings.max_length) == (5e-4, 3, 512)
     assert (settings.per_device_train_batch_size, settings.per_device_eval_batch_size) == (2, 4)
-    assert (settings.eval_steps, settings.save_steps) == (0.1, 0.1)
     assert settings.gradient_checkpointing and settings.report_to == []
+    assert settings.ddp_find_unused_parameters is False
     assert not settings.padding_free
+
+
+@pytest.mark.parametrize(("card", "native"), [("T4", False), ("L4", True)])
+def test_autocast_needs_native_bfloat16(card, native, monkeypatch, tmp_path):
+    """A T4 answers `is_bf16_supported()` with True, since torch counts emulation."""
+    monkeypatch.setattr("trl.SFTConfig", lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert training.sft_config(get_profile("glm-4-9b-lora"), tmp_path, torch.bfloat16).bf16 is native
+    assert training.sft_config(get_profile("glm4-nano"), tmp_path, torch.float32).bf16 is False
+
+
+def test_several_gpus_without_a_launcher_are_refused_before_anything_is_loaded(home, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(models, "check_weights", lambda *_: pytest.fail("weights were looked at"))
+    for act in (training.train, training.train_or_load):
+        with pytest.raises(SettingError, match="2 GPUs are visible") as error:
+            act(quick(), tracking_mode="disabled")
+        assert "CUDA_VISIBLE_DEVICES=0" in error.value.fix and "accelerate launch --num_processes 2" in error.value.fix
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_GPU)
+    join_processes()  # as a launcher's process, which has a GPU to itself
 
 
 def test_nano_trains_without_padding_where_a_batch_has_several_rows(tmp_path):
@@ -172,6 +201,71 @@ def test_the_stop_ids_survive_building_the_trainer(home, tmp_path):
 def test_lora_targets_that_the_model_lacks_are_refused(home):
     with pytest.raises(ModelError, match="gate_proj"):
         training.train(quick(**{"lora.target_modules": ["q_proj", "gate_proj"]}), tracking_mode="disabled")
+
+
+def test_a_module_that_two_lora_targets_name_is_refused(home):
+    with pytest.raises(SettingError, match="names model.layers.0.self_attn.v_proj 2 times"):
+        training.train(quick(**{"lora.target_modules": ["v_proj", "self_attn.v_proj"]}), tracking_mode="disabled")
+
+
+# Whose rows judge
+
+
+def own_rows(home: Path, count: int) -> str:
+    """A file of rows with answers that the course's rows don't have."""
+    made = [{**row, "output": f"答案{index}"} for index, row in enumerate(rows(count, 7))]
+    (home / "data" / "mine.json").write_text(json.dumps(made), encoding="utf-8")
+    return "data/mine.json"
+
+
+def texts(conversations) -> set[str]:
+    return {json.dumps(messages) for messages in conversations["messages"]}
+
+
+def test_own_rows_are_judged_by_own_rows(home, capsys):
+    profile = quick(train_data=own_rows(home, 80), **{"training.epochs": 0.2})
+    result = training.train_or_load(profile, tracking_mode="disabled")
+    train, dev = train_and_dev(profile)
+    every = texts(datasets.load_messages(home / "data" / "mine.json"))
+    assert texts(train) | texts(dev) == every and not texts(train) & texts(dev)
+    assert 4 <= len(dev) <= 16
+    said = f"Dev set: {len(dev)} of the 80 rows of data/mine.json"
+    assert said in capsys.readouterr().out
+    asked = json.loads((result.adapter_dir / training.ANSWERS_FILE).read_text(encoding="utf-8"))[0]["answers"]
+    questions = {json.loads(text)[0]["content"] for text in texts(dev)}
+    assert questions >= {given["question"] for given in asked[len(profile.sample_prompts) :]}
+    assert result.kept.startswith(f"the checkpoint of step {result.best_step}, dev loss")
+    assert training.why_train(profile, result.adapter_dir) == ""
+    assert train_and_dev(as_trained(quick(), result.adapter_dir))[1]["messages"] == dev["messages"]
+
+
+def test_too_few_own_rows_are_all_trained_on_and_the_last_step_is_kept(home, capsys):
+    profile = quick(train_data=own_rows(home, 9))
+    result = training.train(profile, tracking_mode="disabled")
+    assert "9 rows are too few to hold some out" in capsys.readouterr().out
+    assert result.best_step is None and result.kept.startswith("the weights of the last step, training loss")
+    last = checkpoint_folders(result.adapter_dir.parent / "checkpoints")[-1][1]
+    assert adapter_bytes(last) == adapter_bytes(result.adapter_dir)
+
+
+def test_what_a_user_says_about_dev_rows_is_done(home):
+    mine = own_rows(home, 80)
+    (home / "data" / "judge.json").write_text(json.dumps(rows(6, 8)), encoding="utf-8")
+    assert len(train_and_dev(quick(train_data=mine, dev_data="data/judge.json"))[1]) == 6
+    assert train_and_dev(quick(train_data=mine, dev_data=None))[1] is None
+    assert len(train_and_dev(quick(train_data=mine, dev_fraction=0.5))[1]) > 25
+    same = quick(train_data=str(home / "data" / "train.json"))
+    assert len(train_and_dev(same)[1]) == 20, "the profile's rows by another path"
+    with pytest.raises(SettingError, match="dev_fraction is 0.5, but the dev rows are those of dev_data"):
+        train_and_dev(quick(dev_fraction=0.5))
+
+
+def test_dev_rows_that_are_trained_on_are_counted(home):
+    few = rows(80, 1)[:3] + rows(5, 2)
+    (home / "data" / "judge.json").write_text(json.dumps(few), encoding="utf-8")
+    profile = quick(dev_data="data/judge.json")
+    assert dev_note(profile, *train_and_dev(profile)).startswith("3 of the 8 dev rows are training rows too")
+    assert dev_note(quick(), *train_and_dev(quick())) == ""
 
 
 # A run
@@ -357,6 +451,81 @@ def _full():
     return dataclasses.replace(profile, lora=None, training=training_settings)
 
 
+def test_a_run_of_one_step_changes_the_adapter(home):
+    """Warm-up starts at a learning rate of 0: the only step of a short run would be lost to it."""
+    profile = quick(train_data=own_rows(home, 3), **{"training.epochs": 1})
+    result = training.train(profile, tracking_mode="disabled")
+    assert max(row["step"] for row in result.log_history) == 1
+    models.load_adapter(models.load_base_model(profile), result.adapter_dir, profile)
+
+
+def test_rows_that_are_all_the_same_are_refused(home):
+    (home / "data" / "mine.json").write_text(json.dumps(rows(1, 1) * 5), encoding="utf-8")
+    with pytest.raises(DataError, match="All 5 rows of data/mine.json are the same"):
+        training.train(quick(train_data="data/mine.json"), tracking_mode="disabled")
+
+
+def test_rows_beyond_the_model_s_positions_are_refused(home):
+    long = [{"instruction": "一" * 5000, "input": "", "output": "二"}, *rows(3, 1)]
+    (home / "data" / "mine.json").write_text(json.dumps(long), encoding="utf-8")
+    with pytest.raises(SettingError, match="5,00. tokens, and glm4-nano was made for 4,096 positions") as error:
+        training.train(quick(train_data="data/mine.json", **{"training.max_length": 6000}), tracking_mode="disabled")
+    assert "training.max_length to 4096" in error.value.fix
+
+
+def test_an_adapter_of_dtype_auto_is_recorded_with_its_dtype_and_counts_on_any_machine(home, monkeypatch):
+    here = {"auto": torch.float32}
+    resolve = models.resolve_dtype
+    monkeypatch.setattr(models, "resolve_dtype", lambda dtype: resolve(here.get(dtype, dtype)))
+    profile = quick(dtype="auto", **{"training.epochs": 0.1, "training.evaluations_per_run": 0})
+    result = training.train(profile, tracking_mode="disabled")
+    record = json.loads((result.adapter_dir / "training.json").read_text(encoding="utf-8"))
+    assert record["facts"]["profile"]["dtype"] == "float32"
+    here["auto"] = torch.bfloat16
+    assert training.why_train(profile, result.adapter_dir) == ""
+    other = dataclasses.replace(profile, dtype="bfloat16")
+    assert "dtype was 'float32' and is 'bfloat16'" in training.why_train(other, result.adapter_dir)
+
+
+class Watch(TrainerCallback):
+    """Knows whether the model is still in memory; fails as a GPU does that is full, in a step if told so."""
+
+    def __init__(self, full_in: int | None = None) -> None:
+        self.full_in = full_in
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.model = weakref.ref(model.get_base_model())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.full_in:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_memory_is_given_back_after_training(home):
+    watch = Watch()
+    gc.disable()  # or chance may free what training left behind
+    try:
+        training.train(quick(**{"training.epochs": 0.1}), tracking_mode="disabled", callbacks=[watch])
+        assert watch.model() is None
+    finally:
+        gc.enable()
+
+
+def test_out_of_memory_is_one_error_and_the_run_goes_on_afterwards(home):
+    watch = Watch(full_in=20)
+    with pytest.raises(MachineError, match="run out of memory for glm4-nano with batch 4") as error:
+        training.train(quick(), tracking_mode="disabled", callbacks=[watch])
+    assert "outputs/glm4-nano/checkpoints" in error.value.fix
+    assert watch.model() is None
+    assert training.train(quick(), tracking_mode="disabled").resumed_from == 14
+
+
+def test_out_of_memory_names_the_next_smaller_setting():
+    rows = SimpleNamespace(longest=512)
+    error = training._out_of_memory(get_profile("glm-4-9b-lora"), rows, Path("outputs/try/checkpoints"))
+    assert "with batch 2, 512 tokens" in error.problem and "try batch 1, 512 tokens" in error.fix
+
+
 def test_early_stopping_ends_the_run(home):
     profile = quick(
         **{"training.early_stopping_patience": 1, "training.learning_rate": 0.3, "training.evaluations_per_run": 10}
@@ -370,22 +539,37 @@ def test_early_stopping_ends_the_run(home):
 
 
 @pytest.mark.slow
-def test_a_notebook_shows_one_plot_that_is_updated_and_no_noise(home):
+def test_a_notebook_shows_one_table_of_losses_and_no_noise(home):
     import nbformat
     from nbclient import NotebookClient
 
-    code = f"from glm4_helpers import get_profile, train_or_load\nr = train_or_load(get_profile('glm4-nano', **{QUICK!r}))"
+    code = f"from glm4_helpers import get_profile, train_or_load\nr = train_or_load(get_profile(**{QUICK!r}))"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(home)}}).execute(env=environment)
     outputs = notebook.cells[0].outputs
-    images = [output for output in outputs if "image/png" in output.get("data", {})]
-    lines = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
-    assert len(images) == 1 and any("step 40 of 40" in line for line in lines)
-    printed = "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert len(tables) == 1 and tables[0].count("<tr>") == 3 and "[40/40" in tables[0]
+    for title in ("Step", "Training Loss", "Validation Loss"):
+        assert tables[0].count(f"<th>{title}</th>") == 1
+    streams = [output for output in outputs if output.output_type == "stream"]
+    printed = "".join(output["text"] for output in streams if output.name == "stdout")
     lines = [line for line in printed.splitlines() if "real_accelerator.py" not in line]  # DeepSpeed, where installed
-    assert lines == ["Training glm4-nano: there is no finished adapter in outputs/glm4-nano/adapter."]
+    assert lines == [
+        "Training glm4-nano: there is no finished adapter in outputs/glm4-nano/adapter.",
+        "Computing in float32 on cpu.",
+    ]
     assert "Warning" not in json.dumps(outputs)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_a_bar_with_losses_and_a_log_shows_lines(home, terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    training.train(quick(**{"training.epochs": 0.2}), tracking_mode="disabled")
+    printed = capsys.readouterr()
+    assert ("4/4" in printed.err and "dev_loss=" in printed.err) is terminal
+    assert ("step 4 of 4, loss" in printed.err) is not terminal
+    assert "{'" not in printed.out + printed.err, "raw logs"
 
 
 # Interruptions
@@ -402,6 +586,46 @@ def test_a_checkpoint_cut_short_is_not_complete(finished, tmp_path):
     (second / "optimizer.pt").write_bytes(whole[:-1])
     (third / "rng_state.pth").unlink()
     assert not any(is_complete(path) for path in (first, second, third))
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C after the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_folder_that_was_moved_goes_on_as_if_it_had_stayed(finished, home, tmp_path, recwarn):
+    with pytest.raises(KeyboardInterrupt):
+        training.train(quick(), tracking_mode="disabled", callbacks=[Interrupt(28)])
+    (home / "outputs" / "glm4-nano").rename(tmp_path / "moved")
+    result = training.train(quick(), tmp_path / "moved", tracking_mode="disabled")
+    assert result.resumed_from == 28
+    whole = finished[1]
+    assert [row.get("loss") for row in result.log_history] == [row.get("loss") for row in whole.log_history]
+    assert adapter_bytes(result.adapter_dir) == adapter_bytes(whole.adapter_dir)
+
+
+def test_a_copied_run_folder_takes_its_best_checkpoint_from_the_copy_and_leaves_the_first_alone(home, tmp_path):
+    other = [{**row, "output": "苹果香蕉西瓜"} for row in rows(20, 16)]  # so that the first checkpoint is the best
+    (home / "data" / "judge.json").write_text(json.dumps(other), encoding="utf-8")
+    profile = quick(dev_data="data/judge.json", **{"training.learning_rate": 0.1})
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, callbacks=[Interrupt(40)])
+    first = home / "outputs" / "glm4-nano"
+    shutil.copytree(first, tmp_path / "copy")
+    state = json.loads((first / "checkpoints" / "checkpoint-40" / "trainer_state.json").read_text(encoding="utf-8"))
+    best = f"checkpoint-{state['best_global_step']}"
+    assert best != "checkpoint-40"
+    (first / "checkpoints" / best / "adapter_model.safetensors").unlink()
+    tracked = set((home / "outputs" / "swanlog").glob("run-*"))
+    result = training.train(profile, tmp_path / "copy")
+    assert adapter_bytes(tmp_path / "copy" / "checkpoints" / best) == adapter_bytes(result.adapter_dir)
+    assert tracked < set((home / "outputs" / "swanlog").glob("run-*")), "the first run's tracked files are its own"
 
 
 MOMENTS = (["step", 5], ["step", 20], ["checkpoint", 28], ["evaluation", 28], ["adapter", 40])

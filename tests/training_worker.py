@@ -41,9 +41,9 @@ def arm(moment: str, step: int) -> list:
             kill() if self.state.global_step == step else write(self, folder)
         )
     elif moment == "adapter":  # the last step is done; the final folder is half written
-        from glm4_helpers import training
+        from glm4_helpers.runs import results
 
-        training._record = kill
+        results._keep_adapter_only = kill
     else:
         return [killing_callback(moment, step)]
     return []

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MachineError, SettingError, first_line
-from .paths import outputs_dir
+from ..errors import MachineError, SettingError, first_line
+from ..paths import outputs_dir
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -37,7 +37,7 @@ class TrackedRun:
     folder: str | None
 
     def settings(self) -> dict[str, Any]:
-        """For a JSON file, to be given to ``start_run`` as ``earlier`` when the run goes on."""
+        """For a JSON file, to be given to `start_run` as `earlier` when the run goes on."""
         return asdict(self)
 
 
@@ -49,11 +49,11 @@ def start_run(
     config: Mapping[str, Any] | None = None,
     earlier: Mapping[str, Any] | None = None,
 ) -> TrackedRun:
-    """Start a run; its files go to ``directory`` (default: outputs/swanlog). A run still active is finished first.
+    """Start a run; its files go to `directory` (default: outputs/swanlog). A run still active is finished first.
 
     offline keeps files that `swanlab sync` can send later; local feeds SwanLab's dashboard (`swanlab watch`); cloud
-    sends as it goes and needs an API key; disabled does nothing. ``earlier``, the settings of an interrupted run,
-    continues that one in the cloud; see ``replay`` for the others. Raises SettingError for an unknown mode or a
+    sends as it goes and needs an API key; disabled does nothing. `earlier`, the settings of an interrupted run,
+    continues that one in the cloud; see `replay` for the others. Raises SettingError for an unknown mode or a
     missing key, MachineError where the dashboard is not installed or the cloud can't be reached. Never asks anything.
     """
     check_mode(mode)
@@ -78,7 +78,7 @@ def start_run(
 def callback() -> TrainerCallback:
     """SwanLab's own callback, which sends a trainer's logs and settings to the active run.
 
-    It stands in for ``report_to="swanlab"``, which crashes in transformers 5.23.
+    It stands in for `report_to="swanlab"`, which crashes in transformers 5.23.
     """
     from swanlab.integration.transformers import SwanLabCallback
 
@@ -88,7 +88,7 @@ def callback() -> TrainerCallback:
 def log_answers(record: Mapping[str, Any]) -> None:
     """Log answers at a checkpoint as text, with their stop rate; nothing without an active run.
 
-    ``record`` has step, stop_rate and answers, each with question, answer and stopped.
+    `record` has step, stop_rate and answers, each with question, answer and stopped.
     """
     import swanlab
 
@@ -108,7 +108,7 @@ def replay(
 ) -> None:
     """Log again what came before an interruption, so that one run holds all of it; drop the interrupted run's files.
 
-    ``earlier`` are the interrupted run's settings. SwanLab continues runs in the cloud only, where nothing is lost.
+    `earlier` are the interrupted run's settings. SwanLab continues runs in the cloud only, where nothing is lost.
     """
     import swanlab
     from swanlab.integration.transformers import rewrite_logs
@@ -125,7 +125,7 @@ def replay(
 
 
 def finish(error: BaseException | None = None) -> None:
-    """End the active run, as crashed or aborted where ``error`` ended training; nothing without a run."""
+    """End the active run, as crashed or aborted where `error` ended training; nothing without a run."""
     import swanlab
 
     if not swanlab.has_run():
