@@ -79,7 +79,7 @@ def load_messages(source: Source, columns: Mapping[str, str] | None = None, skip
 def load_and_count(
     source: Source, columns: Mapping[str, str] | None = None, skip_bad: bool = False
 ) -> tuple[Dataset, dict[str, Any]]:
-    """``load_messages`` with what was found: counts by name, to which ``report`` gives words.
+    """``load_messages`` with what was found: counts by name, to which ``rows_report`` gives words.
 
     ``columns`` maps names of columns to those of the shapes. Rows without an answer stay, so that ``ledger`` can count
     them; ``encode_rows`` drops them. Raises DataError where rows can't be used, with their number and the first of
@@ -166,7 +166,7 @@ def _table(source: Source, kept: Sequence[Conversation]) -> Dataset:
 # What was found
 
 
-def report(dataset: Dataset, found: Mapping[str, Any], held_out: Mapping[str, Dataset] | None = None) -> str:
+def rows_report(dataset: Dataset, found: Mapping[str, Any], held_out: Mapping[str, Dataset] | None = None) -> str:
     """What there is to know of rows before they are trained, line by line; ``found`` is that of ``load_and_count``.
 
     ``held_out`` are rows by name that training must not see; those that occur in both are counted.

@@ -203,7 +203,7 @@ def outcome(tokenizer, source):
         _, counts = data.encode_and_count(tokenizer, dataset, 512)
     except CourseError as error:
         return "", 0, 0, str(error)
-    return ", ".join(found["shapes"]), counts["kept"], found["masked_turns"], data.report(dataset, found)
+    return ", ".join(found["shapes"]), counts["kept"], found["masked_turns"], data.rows_report(dataset, found)
 
 
 def shown(name, shapes, kept, masked, says, folder):
@@ -340,7 +340,7 @@ def test_columns_of_other_names_get_a_meaning(tmp_path, caplog):
     profile = get_profile(**{key: value, "train_data": str(tmp_path / "mine.csv")})
     dataset, found = data.profile_rows(profile, "train_data")
     assert dataset["messages"][0][1]["content"] == "你好！"
-    assert data.report(dataset, found).splitlines()[1:] == ["ignored: column 来源 (1)"]
+    assert data.rows_report(dataset, found).splitlines()[1:] == ["ignored: column 来源 (1)"]
     data.load_messages(tmp_path / "mine.csv", {**value, "问提": "system"})
     assert "no row has the column 问提" in caplog.text
     with pytest.raises(SettingError, match="'问题' the unknown meaning 'instructon'"):
@@ -360,7 +360,7 @@ def test_bad_rows_are_counted_and_can_be_left_out(tmp_path):
     assert "--set skip_bad_rows=true" in caught.value.fix
     profile = get_profile(skip_bad_rows=True, train_data=str(tmp_path / "rows.jsonl"))
     dataset, found = data.profile_rows(profile, "train_data")
-    said = data.report(dataset, found)
+    said = data.rows_report(dataset, found)
     assert len(dataset) == 2 and "rows left out: 2, the column 'output' is missing" in said and "row 5 (line 5)" in said
     with pytest.raises(DataError, match="1 of 1|row 1") as caught:
         data.load_messages(_written(tmp_path / "all.json", [{"instruction": "a"}]), skip_bad=True)
@@ -376,7 +376,7 @@ def test_the_report_tells_copies_near_copies_and_rows_that_judge_themselves(tmp_
     rows = [ALPACA, ALPACA, {**ALPACA, "output": "Ａpple "}, {**ALPACA, "input": "梨", "output": "pear"}]
     dataset, found = data.load_and_count(_written(tmp_path / "rows.json", rows))
     dev = data.load_messages(_written(tmp_path / "dev.json", [{**ALPACA, "output": "apple。"}, {**ALPACA, "input": "桃"}]))
-    said = data.report(dataset, found, {"dev rows": dev}).splitlines()
+    said = data.rows_report(dataset, found, {"dev rows": dev}).splitlines()
     assert said == [
         "4 rows read (4 Alpaca)",
         "rows equal to an earlier one: 1",
