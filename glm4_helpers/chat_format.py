@@ -1,12 +1,13 @@
 """The GLM-4 chat format: messages to text, to token ids and to labels. Shown step by step in notebook 03.
 
 Which control tokens a model uses, and what stands in front, is read from its tokenizer: GLM-Edge differs from GLM-4.
-Nothing here reads files or knows about profiles, models or training; rows become messages in ``datasets``.
+Nothing here reads files or knows about profiles, models or training; rows become messages in ``row_shapes``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Mapping, NamedTuple, Sequence
 
@@ -32,6 +33,8 @@ STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 _TEMPLATE_FIX = "Load the tokenizer of a GLM-4 or GLM-Edge model: its turns are <|role|>, a newline and the content."
 
+_TOOLS_FIX = 'Write tools as [{"type": "function", "function": {"name": "...", ...}}].'
+
 TOOLS_HEADER = (
     "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
     "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具"
@@ -53,16 +56,16 @@ CHAT_TEMPLATE = (
         {%- endfor %}
     {%- endif %}
     {%- if item['content'] %}
-        {{- '<|' + item['role'] + '|>' + (item['metadata'] or '') }}
+        {{- '<|' + item['role'] + '|>' }}
         {%- if item['role'] == 'assistant' %}
             {%- generation %}
-                {{- '\\n' + item['content'] }}
+                {{- (item['metadata'] or '') + '\\n' + item['content'] }}
                 {%- if loop.last and not add_generation_prompt %}
                     {{- '<|endoftext|>' }}
                 {%- endif %}
             {%- endgeneration %}
         {%- else %}
-            {{- '\\n' + item['content'] }}
+            {{- (item['metadata'] or '') + '\\n' + item['content'] }}
         {%- endif %}
     {%- endif %}
 {%- endfor %}
@@ -90,11 +93,16 @@ class ChatFormat(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One rendered turn: ``<|role|>metadata``, a newline, the content (never empty)."""
+    """One rendered turn: ``<|role|>metadata``, a newline, the content (never empty).
+
+    ``train`` False masks the turn; ``ended`` False is an answer that was cut: what it says is trained, its end is not.
+    """
 
     role: str
     metadata: str
     content: str
+    train: bool = True
+    ended: bool = True
 
 
 def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
@@ -103,7 +111,7 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
     Raises DataError for messages that are not usable.
     """
     text = "".join(PREFIX)
-    for turn in _turns(messages):
+    for turn in _turns(messages, _official_tools):
         text += f"<|{turn.role}|>{turn.metadata}\n{turn.content}"
     return text + ("<|assistant|>" if add_generation_prompt else "")
 
@@ -111,28 +119,33 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
 def encode(tokenizer, messages: Sequence[Mapping[str, Any]], terminator: str = TERMINATOR) -> dict[str, list[int]]:
     """Token ids and labels of a whole conversation, as two lists of the same length.
 
-    The ids are those of ``render``, plus one terminator after a last assistant turn. Labels cover the newline, the
-    content and the end of every assistant turn; all else is IGNORE. The format closes no turn, so after an answer
-    in the middle the input keeps the next role token while the label there is the terminator: every answer learns
-    the same ending. Control tokens are placed by id, so no text in a message can forge a turn.
+    The ids are those of ``render``, plus one terminator after a last assistant turn; tools are worded as the
+    tokenizer's own template has them. Labels cover what the model writes in every assistant turn, which is a call's
+    function name (``metadata``), the newline, the content and the end; all else is IGNORE. The format closes no turn,
+    so after an answer in the middle the input keeps the next role token while the label there is the terminator: every
+    answer learns the same ending. A call that follows its own text or another call is part of one answer, so its
+    ``<|assistant|>`` is learned in place of an ending. A message with ``"train": False`` is read and not learned; one
+    with ``"ended": False`` learns no ending. Control tokens are placed by id, so no text in a message can forge a turn.
 
     Raises DataError for unusable messages, SettingError for a terminator that ends nothing, and ModelError for a
     tokenizer whose chat format is another.
     """
-    turns = _turns(messages)
+    turns = _turns(messages, lambda tools: tools_text(tokenizer, tools))
     chat = read_format(tokenizer)
     end = _terminator_id(chat, terminator)
     ids = list(chat.prefix)
     labels = [IGNORE] * len(ids)
-    after_answer = False
+    ending = IGNORE  # the label that the turn before leaves for the next token
     for turn, metadata, body in zip(turns, *_turn_ids(tokenizer, turns)):
-        ids += [_role_id(chat, turn.role), *metadata, *body]
-        labels += [end if after_answer else IGNORE] + [IGNORE] * len(metadata)
-        after_answer = turn.role == "assistant"
-        labels += body if after_answer else [IGNORE] * len(body)
-    if after_answer:
+        role, text = _role_id(chat, turn.role), metadata + body
+        is_answer = turn.role == "assistant"
+        ids += [role, *text]
+        labels.append(role if is_answer and turn.metadata and ending != IGNORE else ending)
+        labels += text if is_answer and turn.train else [IGNORE] * len(text)
+        ending = end if is_answer and turn.train and turn.ended else IGNORE
+    if turns[-1].role == "assistant" and turns[-1].ended:
         ids.append(end)
-        labels.append(end)
+        labels.append(ending)
     return {"input_ids": ids, "labels": labels}
 
 
@@ -142,7 +155,7 @@ def prompt_ids(tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
     Raises DataError for unusable messages and where the last turn with content is the assistant's own.
     """
-    turns = _turns(messages)
+    turns = _turns(messages, lambda tools: tools_text(tokenizer, tools))
     if turns[-1].role == "assistant":
         raise DataError(
             "There is nothing to answer: the last message with content is the assistant's.",
@@ -156,15 +169,37 @@ def prompt_ids(tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return [*ids, chat.roles["assistant"], *end]
 
 
-def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The same conversation with role, content and metadata only; tools become the system text they are rendered as.
+def tools_text(tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
+    """The system text that lists ``tools``, worded as the tokenizer's own chat template words it.
 
-    So it fits a table column, where tools of different shapes would not. Empty messages stay. Raises DataError.
+    Templates of GLM-4-9B take tools from the system message, those of GLM-4-9B-0414 as a variable; both are tried.
+    A tokenizer without a template gets the official wording of GLM-4-9B. Raises ModelError where the template writes
+    no tools.
     """
-    plain: list[dict[str, str]] = []
-    for number, message in enumerate(_checked_list(messages), 1):
-        plain += [_as_message(turn) for turn in _message_turns(message, f"message {number}", keep_empty=True)]
-    return plain
+    if tokenizer.chat_template is None:
+        return _official_tools(tools)
+    return _template_tools(tokenizer.chat_template, _special(tokenizer), json.dumps(tools, ensure_ascii=False))
+
+
+def function_tools(tools: Any) -> list[dict[str, Any]]:
+    """Tools as ``[{"type": "function", "function": {"name": ...}}]``, from that, from bare functions or JSON text.
+
+    Raises DataError for anything else; the text of its problem begins in lower case, to follow a place.
+    """
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else []
+        except json.JSONDecodeError as error:
+            raise DataError(f"the value of 'tools' is not JSON: {error.msg}.", _TOOLS_FIX) from error
+    if not isinstance(tools, (list, tuple)):
+        raise DataError(f"the value of 'tools' is {kind(tools)}, not a list.", _TOOLS_FIX)
+    functions = []
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError("it has a tool that is not a named function.", _TOOLS_FIX)
+        functions.append({"type": "function", "function": dict(function)})
+    return functions
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -191,29 +226,52 @@ def read_format(tokenizer) -> ChatFormat:
         )
     if tokenizer.chat_template is None:
         return ChatFormat(tuple(tokenizer("")["input_ids"]), roles, stops, "")
-    special = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    prefix, prompt_end = _template_ends(tokenizer.chat_template, special)
+    prefix, prompt_end = _template_ends(tokenizer.chat_template, _special(tokenizer))
     return ChatFormat(_prefix_ids(tokenizer, prefix, control), roles, stops, prompt_end)
 
 
-@lru_cache(maxsize=16)
-def _template_ends(template: str, special_tokens: tuple[tuple[str, str], ...]) -> tuple[str, str]:
-    """What a chat template writes in front of the first turn, and after the last ``<|assistant|>``."""
+def _special(tokenizer) -> tuple[tuple[str, str], ...]:
+    return tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+
+
+def _written(template: str, special: tuple[tuple[str, str], ...], messages: list[dict], tools: Any = None) -> str:
+    """What a chat template makes of a conversation that asks for an answer."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    turns = (("user", "A"), ("assistant", "B"), ("user", "C"))
-    messages = [{"role": role, "content": content} for role, content in turns]
-    wanted = "".join(f"<|{role}|>\n{content}" for role, content in turns) + "<|assistant|>"
     try:
         rendered, _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, **dict(special_tokens)
+            [messages], tools=tools, chat_template=template, add_generation_prompt=True, **dict(special)
         )
     except Exception as error:  # templates raise errors of their own, of many kinds
         raise ModelError(f"This tokenizer's chat template fails: {error}.", _TEMPLATE_FIX) from error
-    prefix, found, end = rendered[0].partition(wanted)
+    return rendered[0]
+
+
+@lru_cache(maxsize=16)
+def _template_ends(template: str, special: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    """What a chat template writes in front of the first turn, and after the last ``<|assistant|>``."""
+    turns = (("user", "A"), ("assistant", "B"), ("user", "C"))
+    wanted = "".join(f"<|{role}|>\n{content}" for role, content in turns) + "<|assistant|>"
+    written = _written(template, special, [{"role": role, "content": content} for role, content in turns])
+    prefix, found, end = written.partition(wanted)
     if not found or end not in ("", "\n"):
-        raise ModelError(f"This tokenizer's chat template writes {rendered[0]!r}, not {wanted!r}.", _TEMPLATE_FIX)
+        raise ModelError(f"This tokenizer's chat template writes {written!r}, not {wanted!r}.", _TEMPLATE_FIX)
     return prefix, end
+
+
+@lru_cache(maxsize=1024)  # most rows of a data set share their tools
+def _template_tools(template: str, special: tuple[tuple[str, str], ...], tools_json: str) -> str:
+    prefix, prompt_end = _template_ends(template, special)
+    tools, user = json.loads(tools_json), {"role": "user", "content": "A"}
+    for messages, given in (([{"role": "system", "content": "", "tools": tools}, user], None), ([user], tools)):
+        written = _written(template, special, messages, given)
+        text = written.removeprefix(f"{prefix}<|system|>\n").removesuffix(f"<|user|>\nA<|assistant|>{prompt_end}")
+        if all(tool["function"]["name"] in text for tool in tools) and "<|user|>\nA" not in text:
+            return text
+    raise ModelError(
+        "This tokenizer's chat template writes no tools.",
+        "Train a model whose template does, such as GLM-4-9B, or tell of the tools in the rows' system prompt.",
+    )
 
 
 def _prefix_ids(tokenizer, prefix: str, control: Mapping[str, int]) -> tuple[int, ...]:
@@ -250,11 +308,11 @@ def _terminator_id(chat: ChatFormat, terminator: str) -> int:
     return chat.stops[terminator]
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+def _turns(messages: Sequence[Mapping[str, Any]], write_tools: Callable[[list[dict]], str]) -> list[Turn]:
     """Checked turns as they are rendered: tools become a system turn, turns with empty content are gone."""
     turns: list[Turn] = []
     for number, message in enumerate(_checked_list(messages), 1):
-        turns += _message_turns(message, f"message {number}")
+        turns += _message_turns(message, f"message {number}", write_tools)
     if not turns:
         raise DataError(
             "The conversation has no message with content.",
@@ -272,12 +330,7 @@ def _checked_list(messages: Any) -> Sequence[Mapping[str, Any]]:
     return messages
 
 
-def _as_message(turn: Turn) -> dict[str, str]:
-    message = {"role": turn.role, "content": turn.content}
-    return {**message, "metadata": turn.metadata} if turn.metadata else message
-
-
-def _message_turns(message: Mapping[str, Any], where: str, keep_empty: bool = False) -> list[Turn]:
+def _message_turns(message: Mapping[str, Any], where: str, write_tools: Callable[[list[dict]], str]) -> list[Turn]:
     """The zero, one or two turns of one message."""
     if not isinstance(message, Mapping):
         raise DataError(
@@ -287,46 +340,52 @@ def _message_turns(message: Mapping[str, Any], where: str, keep_empty: bool = Fa
     role, tools = message.get("role"), message.get("tools")
     if role not in ROLES:
         raise DataError(f"{where.capitalize()} has the unknown role {role!r}.", f"Use one of {', '.join(ROLES)}.")
-    content = _text(message, "content", where, optional=tools is not None)
-    turns = [Turn(role, _text(message, "metadata", where, optional=True), content)] if content else []
-    if keep_empty and not content and tools is None:
-        turns = [Turn(role, "", "")]
-    if tools is None:
-        return turns
-    if role != "system":
+    if tools is not None and role != "system":
         raise DataError(f"{where.capitalize()} ({role}) carries tools.", "Put tools on the system message.")
-    return [Turn("system", "", _tools_text(tools, where)), *turns]
+    written = "" if tools is None else write_tools(_placed_tools(tools, where))
+    told = [Turn("system", "", written)] if written else []
+    content, metadata = message.get("content"), message.get("metadata")
+    content = "" if content is None and tools is not None else checked_text(content, f"the content of {where} ({role})")
+    metadata = "" if metadata is None else checked_text(metadata, f"the metadata of {where} ({role})")
+    flags = (message.get("train") is not False, message.get("ended") is not False)
+    return [*told, Turn(role, metadata, content, *flags)] if content else told
 
 
-def _text(message: Mapping[str, Any], key: str, where: str, optional: bool) -> str:
-    value = message.get(key)
-    if value is None and optional:
-        return ""
+def checked_text(value: Any, what: str) -> str:
+    """``value``, if it is text that can be tokenized. Raises DataError, which calls it ``what``."""
+    fix = "Give it as a string."
     if value is None:
-        raise DataError(f"{where.capitalize()} ({message['role']}) has no {key}.", f"Give {key} as a string.")
+        raise DataError(f"{what[0].upper()}{what[1:]} is missing.", fix)
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise DataError(f"The {key} of {where} ({message['role']}) is not text but {kind}.", f"Give {key} as a string.")
+        raise DataError(f"{what[0].upper()}{what[1:]} is {kind(value)}, not text.", fix)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"half a character ({value[error.start]!r}, number {error.start + 1})"
-        raise DataError(
-            f"The {key} of {where} ({message['role']}) holds {half}.", "Remove it; mostly it is an emoji that was cut in two."
-        ) from error
+        fix = "Remove it; mostly it is an emoji that was cut in two."
+        raise DataError(f"{what[0].upper()}{what[1:]} holds {half}.", fix) from error
     return value
 
 
-def _tools_text(tools: Any, where: str) -> str:
-    """The system text that lists function tools, as the official template words it."""
+def kind(value: Any) -> str:
+    """What a JSON value is, in plain words."""
+    if isinstance(value, bool):
+        return "true or false"
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _placed_tools(tools: Any, where: str) -> list[dict[str, Any]]:
+    try:
+        return function_tools(tools)
+    except DataError as error:
+        raise DataError(f"{where.capitalize()}: {error.problem}", error.fix) from None
+
+
+def _official_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    """The system text that lists function tools, as the official template of GLM-4-9B words it."""
     text = TOOLS_HEADER
-    for tool in tools if isinstance(tools, (list, tuple)) else [tools]:
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(
-                f"{where.capitalize()} has a tool that is not a named function.",
-                'Write tools as [{"type": "function", "function": {"name": "...", ...}}].',
-            )
-        schema = json.dumps(function, ensure_ascii=False, indent=4)
-        text += f"\n## {function['name']}\n\n{schema}\n{TOOLS_FOOTER}"
+    for tool in tools:
+        schema = json.dumps(tool["function"], ensure_ascii=False, indent=4)
+        text += f"\n## {tool['function']['name']}\n\n{schema}\n{TOOLS_FOOTER}"
     return text

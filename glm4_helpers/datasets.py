@@ -1,6 +1,7 @@
-"""Rows from a file or a hub to conversations, and on to token ids: read, check, count, split, fingerprint, encode.
+"""Rows to conversations, and on to token ids: load, check, count, split, fingerprint, encode.
 
-The chat format itself is in chat_format; training and scoring only use what comes from here.
+Files are read in row_files, columns get their meaning in row_shapes, and the chat format is in chat_format. Training
+and scoring only use what comes from here.
 """
 
 from __future__ import annotations
@@ -8,81 +9,151 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
-from .chat_format import IGNORE, TERMINATOR, encode, plain_messages
-from .errors import CourseError, DataError, MachineError, SettingError, first_line
-from .paths import data_dir, home
+from .chat_format import IGNORE, TERMINATOR, encode
+from .errors import DataError, SettingError
+from .paths import home
+from .row_files import LocatedRow, local_copy, located_rows, skipped_files, without_nulls  # noqa: F401
+from .row_shapes import KEPT_COLUMNS, Conversation, check_columns, conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .profiles import Profile
+
 logger = logging.getLogger(__name__)
 
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-    "observation": "observation", "tool": "observation",
-}  # fmt: skip
+Source = str | Path | Sequence[str | Path]
 
-KEPT_COLUMNS = ("id", "kind", "check")
-"""Columns of the course's own rows that stay beside ``messages``."""
+EXAMPLES = 3
+"""How many rows are shown for each thing that is wrong."""
 
-_FORMATS = {"messages": "messages", "conversations": "ShareGPT", "instruction": "Alpaca", "output": "Alpaca"}
+_SKIP = "--set skip_bad_rows=true leaves such rows out"
 
 
-class LocatedRow(NamedTuple):
-    """A row and where it stands, such as "data/train.jsonl, row 3 (line 4)"."""
+def read_rows(source: Source, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Rows of a file, of all files below a folder, of a data set on a hub, or of several of these, as they are written.
+    ``columns`` renames columns.
 
-    where: str
-    row: Mapping[str, Any]
-
-
-def read_rows(source: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSON or JSONL file, of all such files in a folder, or of a data set on a hub.
-
-    Paths count from the working folder, then from the course folder. A hub id such as llamafactory/alpaca_gpt4_zh
-    is read from ``local_copy`` if that is there, else downloaded from Hugging Face, or from ModelScope where the
-    variable GLM4_HUB is "modelscope". Raises DataError naming file and row.
+    JSON, JSON Lines, CSV, Excel, Parquet, Arrow, any of them compressed or zipped, and folders of ``save_to_disk`` are
+    read. Paths count from the working folder, then from the course folder. A hub id such as
+    llamafactory/alpaca_gpt4_zh, owner/name:configuration or owner/name:configuration:split is read from
+    ``local_copy`` if that is there, else downloaded from Hugging Face, or from ModelScope where the variable GLM4_HUB
+    is "modelscope". Raises DataError naming file and row.
     """
-    return [dict(located.row) for located in _located_rows(source)]
+    places = located_rows(source)
+    for place in places:
+        if isinstance(place.row, DataError):
+            raise _placed(place.row, place.where)
+    return [{(columns or {}).get(name, name): value for name, value in place.row.items()} for place in places]
 
 
-def to_messages(row: Mapping[str, Any], where: str = "") -> list[dict[str, str]]:
-    """One Alpaca, ShareGPT or ``messages`` row as a list of messages; ``where`` opens the text of errors.
+def to_messages(
+    row: Mapping[str, Any], where: str = "", columns: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """One row of any shape in ``row_shapes.SHAPES`` as a list of messages; ``where`` opens the text of errors.
 
     Alpaca's instruction and input become one user turn, a blank line between them; ``history`` goes before it and
     ``system`` first. Raises DataError for a missing column, a value that is not text or an order of roles that
     can't be learned from.
     """
-    prefix = f"{where}: " if where else ""
-    convert = {"messages": _from_messages, "ShareGPT": _from_sharegpt, "Alpaca": _from_alpaca}
-    try:
-        messages = plain_messages(convert[_format(row)](row))
-        _check_order(messages)
-    except DataError as error:
-        problem = error.problem[0].lower() + error.problem[1:] if prefix else error.problem
-        raise DataError(prefix + problem, error.fix) from None
-    return messages
+    return _conversation(LocatedRow(where, row), columns).messages
 
 
-def load_messages(source: str | Path) -> Dataset:
+def load_messages(source: Source, columns: Mapping[str, str] | None = None, skip_bad: bool = False) -> Dataset:
     """All rows of ``source`` as a Dataset with a ``messages`` column (and id, kind, check where rows have them).
 
-    Rows without an answer stay, so that ``ledger`` can count them; ``encode_rows`` drops them.
-    Raises DataError as ``read_rows`` and ``to_messages`` do, and where rows are of different formats.
+    What was left out or ignored is logged; ``load_and_count`` returns it.
     """
+    dataset, found = load_and_count(source, columns, skip_bad)
+    for line in _findings(found):
+        logger.warning("%s: %s", source, line)
+    return dataset
+
+
+def load_and_count(
+    source: Source, columns: Mapping[str, str] | None = None, skip_bad: bool = False
+) -> tuple[Dataset, dict[str, Any]]:
+    """``load_messages`` with what was found: counts by name, to which ``rows_report`` gives words.
+
+    ``columns`` maps names of columns to those of the shapes. Rows without an answer stay, so that ``ledger`` can count
+    them; ``encode_rows`` drops them. Raises DataError where rows can't be used, with their number and the first of
+    them; ``skip_bad`` leaves them out.
+    """
+    columns = columns or {}
+    check_columns(columns)
+    places = located_rows(source)
+    kept: list[Conversation] = []
+    bad: list[DataError] = []
+    reasons: dict[str, list[str]] = {}
+    for place in places:
+        try:
+            kept.append(_conversation(place, columns))
+        except DataError as error:
+            bad.append(error)
+            reason = re.sub(r"\d+", "N", error.problem.removeprefix(f"{place.where}: "))
+            reasons.setdefault(reason, []).append(place.where)
+    if bad and not (skip_bad and kept):
+        raise _all_bad(bad, len(places))
+    messages = [each.messages for each in kept]
+    found = {
+        "rows": len(places),
+        "shapes": dict(Counter(each.shape for each in kept)),
+        "encodings": dict(Counter(place.encoding for place in places if place.encoding)),
+        "bad_rows": reasons,
+        "skipped_files": skipped_files(source),
+        "ignored": dict(Counter(name for each in kept for name in each.ignored)),
+        "absent_columns": [name for name in columns if not any(_has(place.row, name) for place in places)],
+        "masked_turns": sum(message.get("train") is False for each in messages for message in each),
+        "cut_answers": sum(message.get("ended") is False for each in messages for message in each),
+        "placeholders": sum(any(_PLACEHOLDER.search(message["content"]) for message in each) for each in messages),
+    }
+    return _table(source, kept), found
+
+
+_PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
+
+
+def _conversation(place: LocatedRow, columns: Mapping[str, str] | None) -> Conversation:
+    if isinstance(place.row, DataError):
+        raise _placed(place.row, place.where)
+    try:
+        return conversation(place.row, columns)
+    except DataError as error:
+        raise _placed(error, place.where) from None
+
+
+def _placed(error: DataError, where: str) -> DataError:
+    """The error with its place in front."""
+    first = error.problem[0].lower() if where else error.problem[0].upper()
+    return DataError(f"{where}: "[: len(where) and None] + first + error.problem[1:], error.fix)
+
+
+def _all_bad(bad: Sequence[DataError], rows: int) -> DataError:
+    fix = bad[0].fix if len(bad) == rows else f"{bad[0].fix.removesuffix('.')}; or {_SKIP}."
+    if len(bad) == 1:
+        return DataError(bad[0].problem, fix)
+    first = "; ".join(error.problem.removesuffix(".") for error in bad[:EXAMPLES])
+    more = f"; and {len(bad) - EXAMPLES} more" if len(bad) > EXAMPLES else ""
+    return DataError(f"{len(bad)} of {rows} rows can't be used. {first}{more}.", fix)
+
+
+def _has(row: Mapping[str, Any] | DataError, name: str) -> bool:
+    return isinstance(row, Mapping) and name in map(str.strip, map(str, row))
+
+
+def _table(source: Source, kept: Sequence[Conversation]) -> Dataset:
     import datasets
 
-    rows = _located_rows(source)
-    _check_one_format(rows)
-    columns: dict[str, list[Any]] = {"messages": [to_messages(row, where) for where, row in rows]}
+    columns: dict[str, list[Any]] = {"messages": [each.messages for each in kept]}
     for name in KEPT_COLUMNS:
-        if any(row.get(name) is not None for _, row in rows):
-            columns[name] = [row.get(name) for _, row in rows]
+        if any(name in each.kept for each in kept):
+            columns[name] = [each.kept.get(name) for each in kept]
     try:
         return datasets.Dataset.from_dict(columns)
     except (TypeError, ValueError) as error:  # pyarrow's errors are kinds of these
@@ -90,6 +161,61 @@ def load_messages(source: str | Path) -> Dataset:
             f"{source}: the columns {', '.join(columns)} don't hold the same kind of value in every row ({error}).",
             "Give each of these columns one type, or leave out those that training does not need.",
         ) from error
+
+
+# What was found
+
+
+def rows_report(dataset: Dataset, found: Mapping[str, Any], held_out: Mapping[str, Dataset] | None = None) -> str:
+    """What there is to know of rows before they are trained, line by line; ``found`` is that of ``load_and_count``.
+
+    ``held_out`` are rows by name that training must not see; those that occur in both are counted.
+    """
+    shapes = ", ".join(f"{count} {shape}" for shape, count in found["shapes"].items())
+    encodings = [name for name in found["encodings"] if name not in ("utf-8", "utf-8-sig")]
+    kept = Counter(map(_canonical, dataset["messages"]))
+    near = Counter(map(_gist, dataset["messages"]))
+    written = f" in {', '.join(encodings)}" if encodings else ""
+    lines = [f"{found['rows']} rows read ({shapes}){written}", *_findings(found)]
+    if repeated := len(dataset) - len(kept):
+        lines.append(f"rows equal to an earlier one: {repeated}")
+    if alike := len(kept) - len(near):
+        lines.append(f"rows equal to another but for spaces, punctuation, case and width: {alike}")
+    for name, others in (held_out or {}).items():
+        if both := sum(_gist(messages) in near for messages in others["messages"]):
+            lines.append(f"{name} that are also in the training rows, and so can't judge it: {both} of {len(others)}")
+    return "\n".join(lines)
+
+
+def _findings(found: Mapping[str, Any]) -> list[str]:
+    """What a user has to know of rows that were read, in words; empty where there is nothing."""
+    counted = (
+        ("masked_turns", "turns that are read and not trained"),
+        ("cut_answers", "answers that were cut when they were saved, and whose end is not trained"),
+        ("placeholders", "rows with a placeholder such as {{name}}, which is taught as it is"),
+    )
+    lines = []
+    for reason, places in found["bad_rows"].items():
+        lines.append(f"rows left out: {len(places)}, {reason.removesuffix('.')} ({', '.join(places[:EXAMPLES])})")
+    if found["absent_columns"]:
+        lines.append(f"no row has the column {', '.join(found['absent_columns'])} that the setting columns names")
+    lines += [f"{words}: {found[name]}" for name, words in counted if found[name]]
+    if found["ignored"]:
+        lines.append(f"ignored: {', '.join(f'{name} ({count})' for name, count in found['ignored'].items())}")
+    if files := found["skipped_files"]:
+        lines.append(f"files not read: {len(files)}, {', '.join(files[:EXAMPLES])}{', …' * (len(files) > EXAMPLES)}")
+    return lines
+
+
+def _gist(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The texts of a conversation without what rarely changes their meaning: width, case, spaces, sentence marks."""
+    text = "\n".join(message["content"] for message in messages)
+    return re.sub(r"[\s,.!?;:'\"，。、！？；：“”‘’…]+", "", unicodedata.normalize("NFKC", text).casefold())
+
+
+def profile_rows(profile: Profile, name: str) -> tuple[Dataset, dict[str, Any]]:
+    """``load_and_count`` of a profile's train_data or dev_data, read as its columns and skip_bad_rows say."""
+    return load_and_count(data_source(getattr(profile, name)), profile.columns, profile.skip_bad_rows)
 
 
 def split(dataset: Dataset, dev_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -127,13 +253,14 @@ def ledger(tokenizer, dataset: Dataset, max_lengths: Sequence[int] = (512, 1024,
     newline of the last answer would be left). ``encode_rows`` drops the latter two and the empty ones.
     """
     copies = Counter(_canonical(messages) for messages in dataset["messages"])
-    empty = Counter(_emptiness(messages) for messages in dataset["messages"])
-    sizes = [_sizes(tokenizer, messages) for messages in dataset["messages"] if not _emptiness(messages)]
+    lacks = Counter(_lack(messages) for messages in dataset["messages"])
+    sizes = [_sizes(tokenizer, messages) for messages in dataset["messages"] if not _lack(messages)]
     return {
         "rows": len(dataset),
         "duplicates": len(dataset) - len(copies),
-        "empty_questions": empty["question"],
-        "empty_answers": empty["answer"],
+        "empty_questions": lacks["empty_questions"],
+        "empty_answers": lacks["empty_answers"],
+        "untrained": lacks["untrained"],
         "tokens": sum(length for length, _ in sizes),
         "longest": max((length for length, _ in sizes), default=0),
         "by_max_length": [_fates(sizes, max_length) for max_length in max_lengths],
@@ -146,38 +273,44 @@ def encode_rows(tokenizer, dataset: Dataset, max_length: int, terminator: str = 
     Rows over ``max_length`` tokens and rows without a question or an answer are dropped, never cut, and their
     number is logged; ``encode_and_count`` returns it. Raises DataError where no row is left.
     """
-    encoded, counts = encode_and_count(tokenizer, dataset, max_length, terminator)
-    if counts["kept"] < counts["rows"]:
-        logger.warning("%s", _counts_text(counts, max_length))
-    return encoded
+    return encode_and_count(tokenizer, dataset, max_length, terminator)[0]
 
 
 def encode_and_count(
     tokenizer, dataset: Dataset, max_length: int, terminator: str = TERMINATOR
 ) -> tuple[Dataset, dict[str, int]]:
-    """``encode_rows`` with its counts: rows, kept, too_long, empty_questions, empty_answers."""
+    """``encode_rows`` with its counts: rows, kept, too_long, empty_questions, empty_answers, untrained."""
     import datasets
 
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    counts = {"rows": len(dataset), "kept": 0, "too_long": 0, "empty_questions": 0, "empty_answers": 0}
+    counts = dict.fromkeys(("rows", "kept", *_LACKS), 0) | {"rows": len(dataset)}
+    examples: dict[str, list[str]] = {}
     longest = 0
     for messages in dataset["messages"]:
-        emptiness = _emptiness(messages)
-        row = {} if emptiness else encode(tokenizer, messages, terminator)
+        lack = _lack(messages)
+        row = {} if lack else encode(tokenizer, messages, terminator)
         longest = max(longest, len(row.get("input_ids", ())))
-        fate = f"empty_{emptiness}s" if emptiness else "too_long" if len(row["input_ids"]) > max_length else "kept"
+        fate = lack or ("too_long" if len(row["input_ids"]) > max_length else "kept")
         counts[fate] += 1
         if fate == "kept":
             for name, values in columns.items():
                 values.append(row[name])
+        elif len(examples.setdefault(fate, [])) < EXAMPLES:
+            examples[fate].append(_beginning(messages))
+    text = _counts_text(counts, examples, max_length)
     if not counts["kept"]:
-        _raise_nothing_left(counts, max_length, longest)
+        fix = "Give rows with questions and answers."
+        if counts["too_long"]:
+            fix = f"Raise training.max_length (the longest row has {longest} tokens) or give shorter rows."
+        raise DataError(f"No row is left to train on. {text}", fix)
+    if counts["kept"] < counts["rows"]:
+        logger.warning("%s", text)
     return datasets.Dataset.from_dict(columns), counts
 
 
-def can_be_learned(messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether the conversation has all of its questions and answers, and ends with an answer."""
-    return not _emptiness(messages)
+def can_be_learned(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the conversation has all of its questions and answers, ends with an answer, and trains one."""
+    return not _lack(messages)
 
 
 def can_be_asked(messages: Sequence[Mapping[str, str]]) -> bool:
@@ -185,298 +318,41 @@ def can_be_asked(messages: Sequence[Mapping[str, str]]) -> bool:
     return can_be_learned(messages) and len(messages) > 1 and messages[-2]["role"] in ("user", "observation")
 
 
-def data_source(data: str) -> str | Path:
+def data_source(data: str | Sequence[str]) -> Source:
     """A profile's data as `load_messages` takes it: paths count from the course folder, whatever the working folder is;
     the rest are hub ids."""
+    if not isinstance(data, str):
+        return [data_source(each) for each in data]
     path = home() / data
     return path if path.exists() else data
 
 
-def local_copy(hub_id: str) -> Path:
-    """Where a downloaded data set lands: data/NAME.json, NAME being the part of the hub id after the slash."""
-    return data_dir() / _copy_name(hub_id)
-
-
-def _copy_name(hub_id: str) -> str:
-    return f"{hub_id.rpartition('/')[2]}.json"
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _located_rows(source: str | Path) -> list[LocatedRow]:
-    """Non-empty list of rows, every one a dict."""
-    path = _find(source)
-    if path is None:
-        rows = [LocatedRow(f"{source}, row {number}", row) for number, row in enumerate(_hub_rows(str(source)), 1)]
-    elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
-        rows = [row for file in files for row in _file_rows(file, f"{source}/{file.name}")]
-    else:
-        rows = _file_rows(path, str(source))
-    if not rows:
-        raise DataError(f"{source} holds no rows.", "Give a JSON or JSONL file with at least one row.")
-    return rows
-
-
-def _find(source: str | Path) -> Path | None:
-    """The file or folder that ``source`` names; None if it is a hub id without a local copy."""
-    path = Path(source).expanduser()
-    candidates = [path] if path.is_absolute() else [path, *_in_home(path)]
-    is_hub_id = _looks_like_hub_id(source, candidates)
-    if is_hub_id:
-        candidates += _in_home(Path("data") / _copy_name(str(source)))
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    if is_hub_id:
-        return None
-    raise DataError(
-        f"{source} was not found.",
-        "Check the path. The course's own rows come with the clone; `python -m nano data` writes them.",
-    )
-
-
-def _in_home(path: Path) -> list[Path]:
-    try:
-        return [home() / path]
-    except CourseError:  # outside a clone, paths count from the working folder alone
-        return []
-
-
-def _looks_like_hub_id(source: str | Path, candidates: Iterable[Path]) -> bool:
-    """OWNER/NAME, unless OWNER is a folder at hand or NAME is that of a file."""
-    if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        return False
-    return not source.endswith((".json", ".jsonl")) and not any(path.parent.is_dir() for path in candidates)
-
-
-def _file_rows(path: Path, shown: str) -> list[LocatedRow]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{shown} can't be read: {error.strerror}.", "Check the path and its permissions.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{shown} is not UTF-8 text (byte {error.start}).", "Save the file as UTF-8.") from error
-    if not text.strip():
-        raise DataError(f"{shown} is empty.", "Give a JSON or JSONL file with at least one row.")
-    return _jsonl_rows(text, shown) if path.suffix == ".jsonl" else _json_rows(text, shown)
-
-
-def _json_rows(text: str, shown: str) -> list[LocatedRow]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{shown} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.",
-            "Correct the file there; if it holds one object a line, name it .jsonl.",
-        ) from error
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{shown} holds {_kind(rows)} instead of a list of rows.", "Put the rows in a list: [{...}, {...}]."
-        )
-    return [_located(row, f"{shown}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _jsonl_rows(text: str, shown: str) -> list[LocatedRow]:
-    rows: list[LocatedRow] = []
-    # Only "\n" ends a line here: str.splitlines would also cut at the U+2028 that JSON strings may hold.
-    for line_number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{shown}, row {len(rows) + 1} (line {line_number})"
-        try:
-            rows.append(_located(json.loads(line), where))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where} is not JSON: {error.msg} in column {error.colno}.",
-                "Write one JSON object a line; if the file is one JSON list, name it .json.",
-            ) from error
-    return rows
-
-
-def _located(row: Any, where: str) -> LocatedRow:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where} is {_kind(row)} instead of an object.", 'Write each row as {"instruction": "...", ...}.'
-        )
-    return LocatedRow(where, row)
-
-
-def _hub_rows(hub_id: str) -> list[dict[str, Any]]:
-    hub = os.environ.get("GLM4_HUB") or "huggingface"
-    if hub not in ("huggingface", "modelscope"):
-        raise SettingError(f"GLM4_HUB is {hub!r}.", "Set it to huggingface or modelscope, or unset it.")
-    title = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}[hub]
-    load = {"huggingface": _from_hugging_face, "modelscope": _from_modelscope}[hub]
-    try:
-        return load(hub_id)
-    except CourseError:
-        raise
-    except Exception as error:  # the hubs raise dozens of kinds: network, absent, gated, unreadable
-        reason = first_line(error)
-        raise DataError(
-            f"{hub_id} is no file here and could not be read from {title}: {reason}",
-            "Check name and network, set GLM4_HUB to the other hub (huggingface, modelscope), "
-            f"or save it as data/{_copy_name(hub_id)} in the course folder.",
-        ) from error
-
-
-def _from_hugging_face(hub_id: str) -> list[dict[str, Any]]:
-    import datasets
-
-    return datasets.load_dataset(hub_id, split="train").to_list()
-
-
-def _from_modelscope(hub_id: str) -> list[dict[str, Any]]:
-    """The rows of the JSON files in the repository. ModelScope's own reader needs an older datasets package than ours."""
-    try:
-        from modelscope.hub.snapshot_download import dataset_snapshot_download
-    except ImportError as error:
-        raise MachineError(
-            f"GLM4_HUB is modelscope, but the package modelscope can't be imported: {first_line(error)}.",
-            'Install it with python -m pip install -e ".[modelscope]", or unset GLM4_HUB.',
-        ) from error
-    folder = Path(dataset_snapshot_download(hub_id, allow_patterns=["*.json", "*.jsonl"]))
-    files = sorted(file for file in folder.rglob("*.json*") if not file.name.startswith(("dataset_info", ".")))
-    return [located.row for file in files for located in _file_rows(file, f"{hub_id}/{file.name}")]
-
-
-# --- rows to messages ------------------------------------------------------------------------------------------------
-
-
-def _format(row: Mapping[str, Any]) -> str:
-    """Alpaca, ShareGPT or messages, by the columns that have a value."""
-    found = sorted({name for column, name in _FORMATS.items() if row.get(column) is not None})
-    if len(found) > 1:
-        raise DataError(f"The row mixes the formats {' and '.join(found)}.", "Keep the columns of one format.")
-    if not found:
-        columns = ", ".join(map(str, row)) or "none"
-        raise DataError(
-            f"The row has none of the columns instruction, conversations and messages (its columns: {columns}).",
-            "Use Alpaca (instruction, input, output), ShareGPT (conversations) or messages.",
-        )
-    return found[0]
-
-
-def _check_one_format(rows: Sequence[LocatedRow]) -> None:
-    """All rows of the first row's format. Rows of no format are left to ``to_messages``, which says more."""
-    first = None
-    for where, row in rows:
-        found = {name for column, name in _FORMATS.items() if row.get(column) is not None}
-        first = first or (where, found)
-        if found and first[1] and found != first[1]:
-            raise DataError(
-                f"{where} is {'/'.join(sorted(found))}, but {first[0]} is {'/'.join(sorted(first[1]))}.",
-                "Keep one format (Alpaca, ShareGPT or messages) in a file.",
-            )
-
-
-def _from_alpaca(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    instruction, output = _column(row, "instruction"), _column(row, "output")
-    extra = _column(row, "input", "")
-    question = f"{instruction}\n\n{extra}" if instruction.strip() and extra.strip() else instruction + extra
-    messages = _system(row)
-    for number, pair in enumerate(_list(row, "history", ()), 1):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DataError(
-                f"Turn {number} of history is not a pair of texts.", 'Write history as [["question", "answer"], ...].'
-            )
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
-
-
-def _from_sharegpt(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    messages = _system(row)
-    for number, turn in enumerate(_list(row, "conversations"), 1):
-        sender = turn.get("from") if isinstance(turn, Mapping) else None
-        if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-            raise DataError(
-                f"Turn {number} of conversations comes from {sender!r}.",
-                f"Write turns as {{\"from\": ..., \"value\": ...}} with from one of {', '.join(SHAREGPT_ROLES)}.",
-            )
-        if not isinstance(turn.get("value"), str):
-            raise DataError(
-                f"The value of turn {number} of conversations is {_kind(turn.get('value'))}, not text.",
-                "Give value as a string.",
-            )
-        messages.append({"role": SHAREGPT_ROLES[sender], "content": turn["value"]})
-    return messages
-
-
-def _from_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    beside, messages = _system(row), list(_list(row, "messages"))
-    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
-    if not beside or first.get("role") != "system":
-        return [*beside, *messages]
-    if _column(row, "system", ""):
-        raise DataError("The row has a system prompt in messages and one beside them.", "Keep one of the two.")
-    return [{**first, "tools": beside[0]["tools"]}, *messages[1:]]
-
-
-def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The row's own system prompt and tools as a message; empty where it has neither."""
-    content, tools = _column(row, "system", ""), _tools(row)
-    if tools:
-        return [{"role": "system", "content": content, "tools": tools}]
-    return [{"role": "system", "content": content}] if content else []
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any]:
-    """The functions that the row offers: a list, or, as ShareGPT files have it, JSON text of one."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"The value of 'tools' is not JSON: {error.msg}.", "Give tools as a list of functions.") from error
-    if tools and not isinstance(tools, list):
-        raise DataError(f"The value of 'tools' is {_kind(tools)}, not a list.", "Give tools as a list of functions.")
-    return tools or []
-
-
-def _column(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    value = row.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        raise DataError(f"The column {name!r} is missing.", f"Add {name} to the row, or remove the row.")
-    if not isinstance(value, str):
-        raise DataError(f"The value of {name!r} is {_kind(value)}, not text.", f"Give {name} as a string.")
-    return value
-
-
-def _list(row: Mapping[str, Any], name: str, default: Sequence[Any] | None = None) -> Sequence[Any]:
-    value = default if row.get(name) is None else row[name]
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"The value of {name!r} is {_kind(value)}, not a list.", f"Give {name} as a list of turns.")
-    return value
-
-
-def _check_order(messages: Sequence[Mapping[str, str]]) -> None:
-    first = next((message["role"] for message in messages if message["role"] != "system"), None)
-    if first != "user":
-        begins = "has no question and no answer" if first is None else f"begins with the {first}'s turn"
-        raise DataError(f"The conversation {begins}.", "Begin, after the system message, with a user's turn.")
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in plain words."""
-    if isinstance(value, bool):
-        return "true or false"
-    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), f"of type {type(value).__name__}")
-
-
 # --- counting --------------------------------------------------------------------------------------------------------
 
+_LACKS = {
+    "too_long": "longer than {} tokens",
+    "empty_answers": "without an answer",
+    "empty_questions": "without a question",
+    "untrained": "whose answers are all marked as not to be trained",
+}
+"""Why rows are dropped, and how that is said."""
 
-def _emptiness(messages: Sequence[Mapping[str, str]]) -> str:
-    """The side, question or answer, that has a blank turn or lacks its last one; else an empty string."""
+
+def _lack(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Why the conversation can't be learned whatever its length, as a key of _LACKS; else an empty string."""
     if any(message["role"] == "user" and not message["content"].strip() for message in messages):
-        return "question"
-    blank = any(message["role"] == "assistant" and not message["content"].strip() for message in messages)
-    return "answer" if blank or messages[-1]["role"] != "assistant" else ""
+        return "empty_questions"
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if messages[-1]["role"] != "assistant" or any(not message["content"].strip() for message in answers):
+        return "empty_answers"
+    return "" if any(message.get("train") is not False for message in answers) else "untrained"
+
+
+def _beginning(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The first words of a conversation, to find it by."""
+    spoken = [message["content"] for message in messages if message["role"] != "system"]
+    text = " ".join(next((text for text in spoken if text.strip()), "").split())
+    return f"“{text[:20]}{'…' * (len(text) > 20)}”"
 
 
 def _sizes(tokenizer, messages: Sequence[Mapping[str, str]]) -> tuple[int, int]:
@@ -496,31 +372,18 @@ def _fates(sizes: Sequence[tuple[int, int]], max_length: int) -> dict[str, int]:
     }
 
 
-def _counts_text(counts: Mapping[str, int], max_length: int) -> str:
-    return (
-        f"{counts['rows'] - counts['kept']} of {counts['rows']} rows dropped: "
-        f"{counts['too_long']} longer than {max_length} tokens, {counts['empty_answers']} without an answer, "
-        f"{counts['empty_questions']} without a question."
-    )
-
-
-def _raise_nothing_left(counts: Mapping[str, int], max_length: int, longest: int) -> None:
-    fix = "Give rows with questions and answers."
-    if counts["too_long"]:
-        fix = f"Raise training.max_length (the longest row has {longest} tokens) or give shorter rows."
-    raise DataError(f"No row is left to train on. {_counts_text(counts, max_length)}", fix)
+def _counts_text(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]], max_length: int) -> str:
+    reasons = [
+        f"{counts[name]} {words.format(max_length)}, such as {', '.join(examples[name])}"
+        for name, words in _LACKS.items()
+        if counts[name]
+    ]
+    return f"{counts['rows'] - counts['kept']} of {counts['rows']} rows dropped: {'; '.join(reasons)}."
 
 
 def _canonical(value: Any) -> bytes:
     """JSON that does not depend on key order nor on the nulls that a table puts where a row has no value."""
     return json.dumps(without_nulls(value), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without keys that hold null, as it was before a table gave it the columns of other rows."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _position(messages: Sequence[Mapping[str, str]], seed: int) -> float:

@@ -511,7 +511,8 @@ def _file_checks(profile: Profile) -> list[Check]:
     model = folder / profile.base_model
     complete = (model / "config.json").is_file() and any(model.glob("*.safetensors"))
     checks = [_file_check("base model", complete, profile.base_model, profile)]
-    for name, path in (("train rows", profile.train_data), ("test rows", profile.test_data)):
+    train = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
+    for name, path in (*(("train rows", path) for path in train), ("test rows", profile.test_data)):
         # A hub id such as owner/name is no file of the course, and there is none to look for.
         if path is not None and path.startswith("data/"):
             checks.append(_file_check(name, (folder / path).exists(), path, profile))

@@ -351,25 +351,28 @@ def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]
         raise SettingError(f"{profile.name} has no {half}_data.", f"Give rows with --set {half}_data=FILE.")
     source = data_source(data)
     if not isinstance(source, Path):
-        return {data.rpartition("/")[2]: _held_out_rows(source, data)}
+        return {data.rpartition("/")[2]: _held_out_rows(source, data, profile.columns)}
     if not source.is_dir():
-        return {source.stem: _held_out_rows(source, data)}
+        return {source.stem: _held_out_rows(source, data, profile.columns)}
     files = [file for file in source.iterdir() if file.is_file() and file.name[0] != "." and file.suffix != ".md"]
-    absent = set(SET_NAMES) - {file.stem for file in files} if data in ("data/dev", "data/test") else ()
-    if absent:
-        raise DataError(f"{source / min(absent)}.json is not there.", _RESTORE)
+    absent = [name for name in SET_NAMES if name not in {file.stem for file in files}]
+    if absent and data in ("data/dev", "data/test"):
+        raise DataError(f"{source / absent[0]}.json is not there.", _RESTORE)
     if not files:
         raise DataError(f"{source} holds no files of rows.", "Give a JSON or JSONL file, or a folder of such files.")
     order = {name: place for place, name in enumerate(SET_NAMES)}  # the course's own, from easy to hard
     files.sort(key=lambda file: (order.get(file.stem, len(order)), file.name))
     stems = Counter(file.stem for file in files)
     names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
-    return {name: _held_out_rows(file, f"{data}/{file.name}") for name, file in zip(names, files, strict=True)}
+    return {
+        name: _held_out_rows(file, f"{data}/{file.name}", profile.columns)
+        for name, file in zip(names, files, strict=True)
+    }
 
 
-def _held_out_rows(source: str | Path, shown: str) -> list[dict[str, Any]]:
+def _held_out_rows(source: str | Path, shown: str, columns: Mapping[str, str] | None) -> list[dict[str, Any]]:
     """The rows of one set, each of them fit to be asked and, where it has a check, judged."""
-    rows = read_rows(source)
+    rows = read_rows(source, columns)
     for number, row in enumerate(rows, 1):
         where = f"{shown}, row {number}"
         if not can_be_asked(to_messages(row, where)):
@@ -448,8 +451,8 @@ def _identity(messages: Sequence[Mapping[str, str]]) -> str:
 
 def training_overlap(profile: Profile, held_out: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
     """How many of the rows have a question of the profile's training rows; None where those are on a hub only."""
-    source = data_source(profile.train_data)
-    if not isinstance(source, Path) and not local_copy(source).exists():
+    sources = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
+    if not all(isinstance(data_source(each), Path) or local_copy(each).exists() for each in sources):
         return None
     trained = {_identity(messages[:-1]) for messages in train_and_dev(profile)[0]["messages"]}
     return sum(_identity(to_messages(row)[:-1]) in trained for rows in held_out.values() for row in rows)

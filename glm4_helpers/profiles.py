@@ -54,6 +54,14 @@ _FRACTION = _number("a number from 0 up to, but not including, 1", lambda value:
 _SWITCH = _Rule(lambda value: isinstance(value, bool), "true or false")
 _TEXT = _Rule(lambda value: isinstance(value, str), "text")
 _TEXTS = _Rule(_are_texts, "a list of texts, such as [one, another]")
+_SOURCES = _Rule(
+    lambda value: isinstance(value, str) or (_are_texts(value) and len(value) > 0),
+    "text, or a list such as [a.csv, b.jsonl]",
+)
+_NAMES = _Rule(
+    lambda value: isinstance(value, Mapping) and _are_texts([*value, *value.values()]),
+    "names such as {问题: instruction, 答案: output}",
+)
 _TARGETS = _Rule(
     lambda value: _are_texts(value) and len({*value}) == len(value) > 0,
     "a list of at least one name, each of them once, as in --set 'lora.target_modules=[q_proj, v_proj]'",
@@ -125,7 +133,9 @@ class Profile:
     """One model with its data and settings. ``lora`` None means full fine-tuning.
 
     ``base_model``, ``train_data``, ``dev_data`` and ``test_data`` are paths below the course folder; ``train_data``
-    may also be a hub id. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held out instead.
+    may also be a hub id, or a list of both. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held out
+    instead. ``columns`` says what columns of other names mean, such as {"问题": "instruction", "答案": "output"};
+    ``skip_bad_rows`` leaves out rows that can't be used, where else they are an error.
     ``answer_batch_size`` is how many rows are answered at a time when a model is scored; ``chat_model`` is the path of
     the makers' own chat model, which is scored as well where it is there.
 
@@ -149,7 +159,7 @@ class Profile:
         _Rule(lambda value: isinstance(value, TrainingSettings), "one setting at a time, as in training.epochs=1")
     )
     # Runs compare rows by their fingerprint, not by where they are from.
-    train_data: str = _setting(_TEXT, changes_weights=False)
+    train_data: str | tuple[str, ...] = _setting(_SOURCES, changes_weights=False)
     dev_data: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
     test_data: str | None = _setting(_or_nothing(_TEXT), changes_weights=False)
     dev_fraction: float = _setting(_FRACTION)
@@ -159,6 +169,8 @@ class Profile:
     terminator: str = _setting(_TEXT, "<|endoftext|>")
     answer_batch_size: int = _setting(_COUNT, 32, changes_weights=False)
     chat_model: str | None = _setting(_or_nothing(_TEXT), None, changes_weights=False)
+    columns: Mapping[str, str] | None = _setting(_or_nothing(_NAMES), None, changes_weights=False)
+    skip_bad_rows: bool = _setting(_SWITCH, False, changes_weights=False)
     shape: Mapping[str, Any] | None = None
     needs: Needs | None = None
     old_names: tuple[str, ...] = ()
@@ -392,7 +404,7 @@ def flat_settings(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, A
     """Nested settings under dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" != "columns":
             flat.update(flat_settings(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value

@@ -31,7 +31,7 @@ from transformers import (
 
 from . import memory, models
 from .chat_format import prompt_ids
-from .datasets import can_be_asked, encode_rows, without_nulls
+from .datasets import can_be_asked, encode_rows, profile_rows, rows_report, without_nulls
 from .environment import launched_zero_stage, require_room
 from .errors import DataError, MachineError, SettingError
 from .paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, shown
@@ -143,6 +143,7 @@ def train(
         start = shared(lambda: find_start(work, facts, resume))
         say(f"Going on from {shown(start.checkpoint)}." if start.checkpoint else "")
         say(f"Computing in {dtype if dtype.startswith(profile.dtype) else f'{profile.dtype}, as the interrupted run did'}.")
+        say(rows_report(*profile_rows(profile, "train_data")))
         say(dev_note(profile, *conversations))
         try:
             return _train(profile, output, tokenizer, rows, facts, start, tracking_mode, callbacks)

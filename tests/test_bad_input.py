@@ -114,20 +114,25 @@ BAD_ROWS = (
     ("an empty file", "", ("mine.json", "is empty")),
     ("a list without rows", [], ("mine.json", "holds no rows")),
     ("a JSON file with a comma too many", '[{"instruction": "a",]', ("mine.json", "line 1, column 22")),
-    ("JSON Lines in a file called .json", '{"a": 1}\n{"a": 2}\n', ("mine.json", "line 2", ".jsonl")),
-    ("one object instead of a list of rows", ALPACA, ("mine.json", "an object instead of a list")),
+    ("rows below a key of an object", {"data": [ALPACA]}, ("mine.json", "a list in 'data' instead of a list of rows")),
+    ("a web page called .json", "<!DOCTYPE html>\n<html></html>", ("mine.json", "a web page", "/resolve/")),
+    ("a Git LFS pointer called .json", "version https://git-lfs.github.com/spec/v1\n", ("mine.json", "LFS", "git lfs pull")),
     ("a row that is text", [ALPACA, "apple"], ("mine.json, row 2", "text instead of an object")),
-    ("a row with unknown columns", [{"question": "a", "answer": "b"}], ("mine.json, row 1", "question, answer")),
+    ("a row with unknown columns", [{"问题": "a", "答案": "b"}], ("mine.json, row 1", "columns={问题: instruction, 答案: output}")),
+    ("several rows that can't be used", [ALPACA, "x", {"output": "a"}], ("2 of 3 rows", "row 2", "row 3", "skip_bad_rows")),
     ("a row without output", [ALPACA, {"instruction": "a"}], ("mine.json, row 2", "'output' is missing")),
     ("an output that is a number", [{**ALPACA, "output": 3}], ("mine.json, row 1", "'output' is a number")),
     ("an input that is a list", [{**ALPACA, "input": ["a"]}], ("mine.json, row 1", "'input' is a list")),
     ("a history turn of three texts", [{**ALPACA, "history": [["a", "b", "c"]]}], ("row 1", "turn 1 of history")),
     ("a history that is text", [{**ALPACA, "history": "a"}], ("row 1", "'history' is text, not a list")),
     ("ShareGPT from an unknown sender", [{"conversations": [{"from": "me", "value": "a"}]}], ("row 1", "turn 1", "'me'")),
-    ("ShareGPT with an empty value", [{"conversations": [{"from": "human", "value": None}]}], ("row 1", "turn 1", "null")),
+    ("ShareGPT with an empty value", [{"conversations": [{"from": "human", "value": None}]}], ("row 1", "turn 1", "missing")),
     ("messages with an unknown role", [{"messages": [{"role": "bot", "content": "a"}]}], ("row 1", "message 1", "'bot'")),
     ("messages that begin with the assistant", [{"messages": TURNS[1:]}], ("row 1", "the assistant's turn")),
-    ("two formats in one file", [ALPACA, SHAREGPT], ("mine.json, row 2 is ShareGPT", "row 1 is Alpaca")),
+    ("pairs of a good and a bad answer", [{"instruction": "a", "chosen": "b", "rejected": "c"}], ("row 1", "'chosen'", "DPO")),
+    ("an answer that is marked as bad", [ALPACA, {**ALPACA, "kto_tag": False}], ("row 2", "kto_tag", "KTO", "skip_bad_rows")),
+    ("rows with images", [{**ALPACA, "images": ["cat.jpg"]}], ("row 1", "'images'", "text only")),
+    ("half a weight", [{"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}], ("row 1", "message 2", "0.5")),
     ("two formats in one row", [{**ALPACA, **SHAREGPT}], ("row 1", "mixes the formats Alpaca and ShareGPT")),
     ("rows that all end with the user's turn", [{"messages": TURNS[:1]}] * 3, ("3 of 3 rows", "3 without an answer")),
 )
@@ -517,7 +522,7 @@ def _(folder):
     return ask(*TURNS)
 
 
-@case("a message without content", "Message 1 (user) has no content")
+@case("a message without content", "The content of message 1 (user) is missing")
 def _(folder):
     return ask({"role": "user"})
 

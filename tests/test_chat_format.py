@@ -12,11 +12,11 @@ from glm4_helpers.chat_format import (
     SPECIAL_TOKENS,
     STOP_TOKENS,
     encode,
-    plain_messages,
     prompt_ids,
     read_format,
     render,
     stop_ids,
+    tools_text,
 )
 from glm4_helpers.errors import DataError, ModelError, SettingError
 
@@ -80,9 +80,38 @@ def test_after_an_answer_the_input_keeps_the_role_and_the_label_is_the_terminato
     assert learned(nano_tokenizer, row) == f"\n1{END}\n2{END}"
 
 
-def test_a_tool_call_keeps_its_header_unlearned_and_ends_like_any_answer(nano_tokenizer):
-    row = encode(nano_tokenizer, BY_NAME["metadata"]["messages"])
-    assert learned(nano_tokenizer, row) == '\n{"city": "北京"}' + END + "\n三度。" + END
+def test_a_tool_call_is_learned_with_its_name_since_the_prompt_ends_before_it(nano_tokenizer):
+    messages = BY_NAME["metadata"]["messages"]
+    row = encode(nano_tokenizer, messages)
+    assert learned(nano_tokenizer, row) == 'get_weather\n{"city": "北京"}' + END + "\n三度。" + END
+    prompt = prompt_ids(nano_tokenizer, messages[:1])
+    assert row["labels"][: len(prompt)] == [IGNORE] * len(prompt) and row["labels"][len(prompt)] != IGNORE
+
+
+def call(name, content="{}"):
+    return {"role": "assistant", "metadata": name, "content": content}
+
+
+def test_text_and_calls_of_one_answer_go_on_without_an_end_between_them(nano_tokenizer):
+    results = [{"role": "observation", "content": "1"}, {"role": "observation", "content": "2"}, assistant("好")]
+    row = encode(nano_tokenizer, [user("一"), assistant("我查。"), call("a"), call("b"), *results])
+    assert learned(nano_tokenizer, row) == "\n我查。<|assistant|>a\n{}<|assistant|>b\n{}" + END + "\n好" + END
+    apart = encode(nano_tokenizer, [user("一"), assistant("1"), assistant("2")])  # two answers, not one
+    assert learned(nano_tokenizer, apart) == f"\n1{END}\n2{END}"
+
+
+def test_masked_and_cut_answers_are_read_and_not_learned(nano_tokenizer):
+    plain = [user("一"), assistant("1"), user("二"), assistant("2")]
+    whole = encode(nano_tokenizer, plain)
+    for key, last, middle in (("train", "", f"\n2{END}"), ("ended", "\n2", f"\n1\n2{END}")):
+        first = encode(nano_tokenizer, [plain[0], {**plain[1], key: False}, *plain[2:]])
+        assert first["input_ids"] == whole["input_ids"] and learned(nano_tokenizer, first) == middle
+        second = encode(nano_tokenizer, [*plain[:3], {**plain[3], key: False}])
+        assert learned(nano_tokenizer, second) == f"\n1{END}{last}"
+    cut = encode(nano_tokenizer, [user("一"), {**assistant("1"), "ended": False}])
+    assert nano_tokenizer.decode(cut["input_ids"]).endswith("\n1")  # no end is put there, either
+    for value in (True, None):  # a table puts null where other rows have the key
+        assert encode(nano_tokenizer, [user("一"), {**assistant("1"), "train": value}]) == encode(nano_tokenizer, plain[:2])
 
 
 @pytest.mark.parametrize("terminator", STOP_TOKENS)
@@ -164,11 +193,12 @@ def test_stop_ids(nano_tokenizer):
     assert nano_tokenizer.convert_ids_to_tokens(stop_ids(nano_tokenizer)) == list(STOP_TOKENS)
 
 
-def test_plain_messages_render_the_same():
-    for golden in GOLDENS:
-        plain = plain_messages(golden["messages"])
-        assert render(plain, golden["add_generation_prompt"]) == golden["rendered"]
-        assert not any("tools" in message for message in plain)
+def test_tools_may_be_json_text_and_bare_functions():
+    messages = BY_NAME["tools_in_system"]["messages"]
+    bare = [tool["function"] for tool in messages[0]["tools"]]
+    for tools in (json.dumps(messages[0]["tools"]), bare, json.dumps(bare)):
+        told = [{**messages[0], "tools": tools}, *messages[1:]]
+        assert render(told, add_generation_prompt=True) == BY_NAME["tools_in_system"]["rendered"]
 
 
 def test_nulls_of_a_table_column_are_like_absent_keys():
@@ -186,11 +216,11 @@ def test_nulls_of_a_table_column_are_like_absent_keys():
         (["你好"], "Message 1 must have a role and a content"),
         ([user("一"), {"role": "gpt", "content": "1"}], "Message 2 has the unknown role 'gpt'"),
         ([{"content": "1"}], "Message 1 has the unknown role None"),
-        ([user("一"), assistant(1)], "The content of message 2 (assistant) is not text but int"),
-        ([user(None)], "Message 1 (user) has no content"),
-        ([{**user("一"), "metadata": 3}], "The metadata of message 1 (user) is not text but int"),
+        ([user("一"), assistant(1)], "The content of message 2 (assistant) is a number, not text"),
+        ([user(None)], "The content of message 1 (user) is missing"),
+        ([{**user("一"), "metadata": 3}], "The metadata of message 1 (user) is a number, not text"),
         ([{**user("一"), "tools": []}], "Message 1 (user) carries tools"),
-        ([{"role": "system", "content": "", "tools": [{"type": "python"}]}], "Message 1 has a tool that is not"),
+        ([{"role": "system", "content": "", "tools": [{"type": "python"}]}], "Message 1: it has a tool that is not"),
     ],
 )
 def test_bad_messages_are_named_with_a_fix(messages, problem, nano_tokenizer):
@@ -240,6 +270,47 @@ def tokenizer_with(tokens, template, eos=END):
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token=eos, additional_special_tokens=extra, chat_template=template
     )
+
+
+TEMPLATE_0414 = """[gMASK]<sop>
+{%- if tools -%}
+<|system|>
+# 可用工具
+{%- for tool in tools %}{% set function = tool.function if tool.function else tool %}
+
+## {{ function.name }}
+
+{{ function | tojson(indent=4) }}
+在调用上述函数时，请使用 Json 格式表示调用的参数。
+{%- endfor %}
+{%- endif -%}
+{%- for message in messages -%}
+<|{{ message.role }}|>{{ message.metadata or '' }}
+{{ message.content }}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+"""After that of GLM-4-9B-0414: tools are a variable of the template, and no introduction stands before them."""
+
+TOOLS = BY_NAME["tools_in_system"]["messages"][0]["tools"]
+
+
+def test_tools_are_worded_as_the_tokenizers_own_template_words_them(nano_tokenizer):
+    refresh = tokenizer_with(SPECIAL_TOKENS, TEMPLATE_0414)
+    messages = [{"role": "system", "content": "简短。", "tools": json.dumps(TOOLS)}, user("北京天气")]
+    spoken = refresh.apply_chat_template([{**messages[0], "tools": None}, messages[1]], tools=TOOLS, tokenize=False,
+                                         add_generation_prompt=True)  # fmt: skip
+    assert refresh.decode(prompt_ids(refresh, messages)) == spoken
+    assert spoken.startswith("[gMASK]<sop><|system|>\n# 可用工具") and "ChatGLM" not in spoken
+    assert nano_tokenizer.decode(prompt_ids(nano_tokenizer, messages)) == render(messages, add_generation_prompt=True)
+    several = [*TOOLS, {"type": "function", "function": {"name": "sum", "description": "<|user|>\nA"}}]
+    assert tools_text(refresh, several).count("在调用上述函数时") == 2
+    no_template = tokenizer_with(SPECIAL_TOKENS, None)
+    assert tools_text(no_template, TOOLS) == tools_text(nano_tokenizer, TOOLS)
+
+
+def test_a_template_that_writes_no_tools_is_refused(edge_tokenizer):
+    with pytest.raises(ModelError, match="writes no tools"):
+        encode(edge_tokenizer, [{"role": "system", "content": "", "tools": TOOLS}, user("一"), assistant("1")])
 
 
 @pytest.fixture

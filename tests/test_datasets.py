@@ -86,7 +86,7 @@ def test_system_prompt_and_tools_beside_the_conversation_are_taken(write):
     for row in ({"messages": MESSAGES, "tools": tools}, {**SHAREGPT, "tools": json.dumps(tools)}):
         assert data.load_messages(write([row]))["messages"][0] == expected
     row = {"messages": [{"role": "system", "content": "简短。"}, *MESSAGES], "tools": tools}
-    assert {"role": "system", "content": "简短。"} in data.to_messages(row) and "add" in data.to_messages(row)[0]["content"]
+    assert data.to_messages(row)[0] == {"role": "system", "content": "简短。", "tools": json.dumps(tools)}
     assert data.to_messages({"messages": MESSAGES, "system": "简短。"})[0] == {"role": "system", "content": "简短。"}
 
 
@@ -97,6 +97,9 @@ def test_system_prompt_and_tools_beside_the_conversation_are_taken(write):
         ({"messages": MESSAGES, "tools": "{"}, "'tools' is not JSON"),
         ({"messages": MESSAGES, "tools": {"name": "add"}}, "'tools' is an object"),
         ({**ALPACA, "output": "\ud83d"}, "half a character"),
+        ({**ALPACA, "history": [["a", "\ud83d"]]}, "half a character"),
+        ({**ALPACA, "tools": [{"name": "add", "description": "\ud83d"}]}, "the tools of a message .* half a character"),
+        ({"messages": [MESSAGES[0], {"role": "tool_call", "content": '{"name": "\\ud83d"}'}]}, "the metadata of .* half"),
     ],
 )
 def test_what_would_be_lost_or_taught_wrongly_is_refused(write, row, word):
@@ -141,9 +144,11 @@ BAD_FILES = {
     "blank": (" \n", "is empty"),
     "no rows": ("[]", "holds no rows"),
     "not JSON": ('[{"instruction": "a",]', "is not JSON: .* line 1, column"),
-    "not a list": ('{"instruction": "a"}', "holds an object instead of a list"),
-    "row not an object": ('["a"]', "row 1 is text instead of an object"),
-    "no known column": ([{"question": "a"}], r"row 1: the row has none of the columns .*its columns: question"),
+    "rows below a key": ('{"data": [\n{"instruction": "a"}\n]}', "holds an object with a list in 'data' instead of a list of"),
+    "columns": ('{"instruction": {"0": "a"}, \n"output": {"0": "b"}}', "holds an object of columns, as pandas writes it"),
+    "row not an object": ('["a"]', "row 1: it is text instead of an object"),
+    "no known column": ([{"title": "a"}], r"row 1: the row has the columns of no known format \(its columns: title\)"),
+    "no answer column": ([{"question": "a"}], "row 1: the column 'answer' is missing"),
     "no output": ([ALPACA, {"instruction": "a", "input": ""}], "row 2: the column 'output' is missing"),
     "no instruction": ([{"output": "a"}], "row 1: the column 'instruction' is missing"),
     "output null": ([{"instruction": "a", "output": None}], "row 1: the column 'output' is missing"),
@@ -153,15 +158,14 @@ BAD_FILES = {
     "history text": ([{**ALPACA, "history": "a"}], "row 1: the value of 'history' is text, not a list"),
     "history triple": ([{**ALPACA, "history": [["a", "b", "c"]]}], "row 1: turn 1 of history is not a pair"),
     "history null": ([{**ALPACA, "history": [["a", None]]}], "row 1: turn 1 of history is not a pair"),
-    "unknown sender": ([{"conversations": [{"from": "me", "value": "a"}]}], "row 1: turn 1 .* comes from 'me'"),
-    "turn not an object": ([{"conversations": ["a"]}], "row 1: turn 1 .* comes from None"),
-    "value null": ([{"conversations": [{"from": "human", "value": None}]}], "row 1: the value of turn 1 .* is null"),
+    "unknown sender": ([{"conversations": [{"from": "me", "value": "a"}]}], "row 1: turn 1 .* has the unknown role 'me'"),
+    "turn not an object": ([{"conversations": ["a"]}], "row 1: turn 1 .* is text instead of an object"),
+    "value null": ([{"conversations": [{"from": "human", "value": None}]}], "row 1: the content of turn 1 .* is missing"),
     "conversations text": ([{"conversations": "a"}], "row 1: the value of 'conversations' is text, not a list"),
     "no turns": ([{"conversations": []}], "row 1: the conversation has no question"),
     "assistant first": ([{"messages": MESSAGES[1:]}], "row 1: the conversation begins with the assistant's turn"),
     "unknown role": ([{"messages": [{"role": "bot", "content": "a"}]}], "row 1: message 1 has the unknown role 'bot'"),
     "content a number": ([{"messages": [{"role": "user", "content": 1}]}], "row 1: the content of message 1 .* not"),
-    "mixed formats": ([ALPACA, SHAREGPT], "row 2 is ShareGPT, but .*row 1 is Alpaca"),
     "mixed in a row": ([{**ALPACA, **SHAREGPT}], "row 1: the row mixes the formats Alpaca and ShareGPT"),
 }
 
@@ -177,7 +181,7 @@ def test_bad_files_name_file_row_and_fix(write, name):
 
 def test_bad_jsonl_names_row_and_line(write):
     path = write('{"instruction": "a", "output": "b"}\n\n{oops}\n', "rows.jsonl")
-    with pytest.raises(DataError, match=r"rows.jsonl, row 2 \(line 3\) is not JSON"):
+    with pytest.raises(DataError, match=r"rows.jsonl, row 2 \(line 3\): it is not JSON"):
         data.read_rows(path)
 
 
@@ -194,7 +198,7 @@ def test_a_byte_order_mark_does_no_harm(tmp_path):
     assert data.read_rows(path) == [ALPACA]
 
 
-@pytest.mark.parametrize("source", ["gone.json", "no/such/folder/gone.jsonl", "gone"])
+@pytest.mark.parametrize("source", ["gone.json", "no/such/folder/gone.jsonl", "gone", "gone/rows.csv.gz"])
 def test_absent_files_are_said(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=f"{source} was not found"):
@@ -277,9 +281,11 @@ def test_encode_rows_drops_and_counts_but_never_cuts(write, nano_tokenizer, capl
         encoded = data.encode_rows(nano_tokenizer, dataset, max_length=30)
     assert encoded.column_names == ["input_ids", "labels"]
     assert encoded[0] == encode(nano_tokenizer, dataset[0]["messages"]) and len(encoded) == 1
-    assert "3 of 4 rows dropped: 1 longer than 30 tokens, 1 without an answer, 1 without a question" in caplog.text
+    assert "3 of 4 rows dropped: 1 longer than 30 tokens, such as “四”; 1 without an answer, such as “二”; " in caplog.text
+    assert "1 without a question, such as “3”" in caplog.text
     _, counts = data.encode_and_count(nano_tokenizer, dataset, 30)
-    assert counts == {"rows": 4, "kept": 1, "too_long": 1, "empty_questions": 1, "empty_answers": 1}
+    lost = {"too_long": 1, "empty_questions": 1, "empty_answers": 1, "untrained": 0}
+    assert counts == {"rows": 4, "kept": 1, **lost}
 
 
 def test_a_row_of_exactly_max_length_is_kept(write, nano_tokenizer):

@@ -99,13 +99,13 @@ def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE as key and value: numbers, true, false, null, [a, b] and "quoted text" as in YAML, the rest as text."""
+    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b} and "text" as in YAML, the rest as text."""
     import yaml
 
     key, separator, text = pair.partition("=")
     if not separator or not key.strip():
         raise SettingError(f"--set {pair!r} is not KEY=VALUE.", "Write it as in --set training.epochs=1.")
-    is_yaml = text in ("true", "false", "null") or text.startswith(("[", '"', "'"))
+    is_yaml = text in ("true", "false", "null") or text.startswith(("[", "{", '"', "'"))
     for meaning in (int, float, yaml_value if is_yaml else str):
         with contextlib.suppress(ValueError, yaml.YAMLError):
             return key.strip(), meaning(text)

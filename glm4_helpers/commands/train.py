@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, metavar="N", help="the same as --set training.seed=N (default: the profile's, 42)"
     )
     parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out rows that can't be read, and count them (default: stop and name them); "
+        "the same as --set skip_bad_rows=true",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="train from the start even if a finished adapter is there; its checkpoints go",
@@ -69,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    profile = chosen_profile(arguments, **{"training.seed": arguments.seed})
+    profile = chosen_profile(arguments, **{"training.seed": arguments.seed, "skip_bad_rows": arguments.skip_bad or None})
     from accelerate import PartialState
 
     from ..training import train_or_load

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..datasets import data_source, load_messages, split, without_nulls
+from ..datasets import data_source, profile_rows, split, without_nulls
 from ..errors import DataError, SettingError
 from ..profiles import Profile, unchanged
 
@@ -31,7 +31,7 @@ def train_and_dev(profile: Profile) -> tuple[Dataset, Dataset | None]:
     that gives fewer than LEAST_DEV_ROWS. Raises DataError as `load_messages` and `split` do, SettingError for a
     `dev_fraction` that `dev_data` would leave unused.
     """
-    rows = load_messages(data_source(profile.train_data))
+    rows, _ = profile_rows(profile, "train_data")
     usual = unchanged(profile)
     if _chooses_by_itself(profile):
         return _held_out_if_enough(rows, usual.dev_fraction or OWN_DEV_FRACTION, profile.training.seed)
@@ -42,7 +42,7 @@ def train_and_dev(profile: Profile) -> tuple[Dataset, Dataset | None]:
             f"dev_fraction is {profile.dev_fraction}, but the dev rows are those of dev_data ({profile.dev_data}).",
             "Set dev_data to null to hold out a share of train_data instead, or leave dev_fraction out.",
         )
-    return rows, load_messages(data_source(profile.dev_data))
+    return rows, profile_rows(profile, "dev_data")[0]
 
 
 def dev_note(profile: Profile, train: Dataset, dev: Dataset | None) -> str:
