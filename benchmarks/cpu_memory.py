@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from glm4_helpers import memory
-from glm4_helpers.memory import COMPUTE_BYTES, Estimate, Part, Setting, Shape
+from glm4_helpers.machine import memory
+from glm4_helpers.machine.memory import COMPUTE_BYTES, Estimate, Part, Setting, Shape
 from glm4_helpers.profiles import Profile
 
 
@@ -17,7 +17,7 @@ def estimate(profile: Profile, setting: Setting, config: Any) -> Estimate:
     """The peak of the process above its imports, part by part. `config` is a transformers config or a Shape."""
     shape = config if isinstance(config, Shape) else memory.shape_of(config)
     setting = dataclasses.replace(setting, device="cpu")
-    base = memory.estimate(profile, setting, shape, layer_bytes(shape, profile, setting))
+    base = memory.estimate_memory(profile, setting, shape, layer_bytes(shape, profile, setting))
     parts = {part.name: part for part in base.parts}
     if setting.quantization is None and profile.lora is not None:
         parts["weights"] = Part(

@@ -31,8 +31,10 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from benchmarks import rehearse
-from glm4_helpers import generation, memory, models, training
+from glm4_helpers import generation, models, training
+from glm4_helpers.machine import memory
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.support import files
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE_ROWS = 3 * 40_543
@@ -129,10 +131,10 @@ class Bench:
         flops = tokens * (4 if profile.lora else 6) * (shape.linear + 0.8 * shape.vocabulary * shape.hidden)
         found = self.memory()
         if optim is None:  # `memory` counts the course's own optimizer
-            guess = memory.estimate(profile, memory.setting_of(profile, length=max(sizes), lengths=tuple(sizes)), shape)
+            guess = memory.estimate_memory(profile, memory.setting_of(profile, length=max(sizes), lengths=tuple(sizes)), shape)
             found |= {
                 "estimated_gib": round(guess.total_gib, 2),
-                "libraries_gib": round(memory.LIBRARY_BYTES / memory.GIB, 2),
+                "libraries_gib": round(memory.LIBRARY_BYTES / files.GIB, 2),
             }
         trainer.model = trainer.model_wrapped = bare(trainer.model)
         if profile.lora is None:

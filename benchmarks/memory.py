@@ -17,10 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import cpu_memory, rehearse
-from glm4_helpers import memory
-from glm4_helpers.environment import machine
-from glm4_helpers.errors import CourseError
+from glm4_helpers.machine import memory
+from glm4_helpers.machine.hardware import this_machine
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.support import files
+from glm4_helpers.support.errors import CourseError
 
 HERE = Path(__file__).parent
 CASES = (
@@ -45,11 +46,11 @@ def measure(case: str) -> dict:
     estimated = cpu_memory.estimate(profile, setting, rehearse.model_config(profile, int(layers)))
     peak = max(stage.peak_gib for stage in walked if stage.name in ("train", "resume"))
     return {
-        "machine": str(machine()),
+        "machine": str(this_machine()),
         "measured_gib": peak,
         "estimated_gib": round(estimated.total_gib, 2),
         "error": round(estimated.total_gib / peak - 1, 3),
-        "parts_gib": {part: round(size / memory.GIB, 3) for part, size in estimated.by_part().items()},
+        "parts_gib": {part: round(size / files.GIB, 3) for part, size in estimated.by_part().items()},
         "stages": [asdict(stage) for stage in walked],
     }
 

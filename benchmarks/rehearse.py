@@ -22,15 +22,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from benchmarks import cpu_memory
-from glm4_helpers import memory
-from glm4_helpers.__main__ import Parser
-from glm4_helpers.__main__ import main as run_command
-from glm4_helpers.commands import add_json, add_profile, chosen_profile, count, show
-from glm4_helpers.environment import machine
-from glm4_helpers.errors import CourseError, MachineError, SettingError
-from glm4_helpers.memory import GIB
-from glm4_helpers.paths import outputs_dir
+from glm4_helpers.cli.commands import add_json, add_profile, chosen_profile, count, show
+from glm4_helpers.cli.main import Parser
+from glm4_helpers.cli.main import main as run_command
+from glm4_helpers.machine import memory
+from glm4_helpers.machine.hardware import this_machine
 from glm4_helpers.profiles import Profile, get_profile, profile_settings
+from glm4_helpers.support.errors import CourseError, MachineError, SettingError
+from glm4_helpers.support.files import GIB
+from glm4_helpers.support.paths import outputs_dir
 
 EXAMPLES = """\
 examples, from the clone:
@@ -117,7 +117,7 @@ def rehearse(
 
 def model_config(profile: Profile, layers: int | None = None) -> Any:
     """The config of the profile's model with so many layers. Raises SettingError for more than it has, or none."""
-    from glm4_helpers.models import model_config as whole
+    from glm4_helpers.checks.shapes import model_config as whole
 
     config = whole(profile)
     if layers is None:
@@ -173,7 +173,7 @@ def _write_weights(profile: Profile, config: Any, base: Path) -> int:
     """Seeded random bfloat16 weights in shards of SHARD_BYTES with an index. Returns the number of shards."""
     from safetensors.torch import save_file
 
-    from glm4_helpers.models import meta_model
+    from glm4_helpers.checks.shapes import meta_model
 
     model = meta_model(config)
     shards = list(_shards(model.state_dict()))
@@ -252,7 +252,6 @@ def work(job: dict[str, Any]) -> None:
     # What is imported belongs to the baseline, also what training would import only later.
     from trl import SFTTrainer  # noqa: F401
 
-    from glm4_helpers import generation, training  # noqa: F401
 
     settings = dict(job["profile"])
     profile = _rehearsed(get_profile(settings.pop("name"), **settings), job["tokens"], job["batch_size"])
@@ -432,7 +431,7 @@ def _peak_bytes() -> int:
 
 def on_gpu() -> bool:
     """Whether the models are on a GPU in this process."""
-    from glm4_helpers.models import default_device
+    from glm4_helpers.machine.gpus import default_device
 
     return default_device().type == "cuda"
 
@@ -472,7 +471,7 @@ def used_gib() -> float:
 def _available_gib(gpu: bool = False) -> float:
     """Free RAM, or free memory of the GPU. That is asked in a process that ends: a CUDA context here would take some."""
     if not gpu:
-        return machine().memory_available_gib
+        return this_machine().memory_available_gib
     asked = "import torch; print(torch.cuda.mem_get_info()[0])"
     return int(subprocess.check_output([sys.executable, "-c", asked], text=True)) / GIB
 
@@ -542,13 +541,13 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if not arguments.keep and not foreign:
             shutil.rmtree(folder, ignore_errors=True)
-    figures = {"profile": profile.name, "machine": str(machine()), "stages": [asdict(stage) for stage in stages]}
-    show(arguments, figures, f"{machine()}\n\n{format_stages(stages)}")
+    figures = {"profile": profile.name, "machine": str(this_machine()), "stages": [asdict(stage) for stage in stages]}
+    show(arguments, figures, f"{this_machine()}\n\n{format_stages(stages)}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a rehearsal and return its exit status, as `glm4_helpers.__main__.main` does."""
+    """Run a rehearsal and return its exit status, as `glm4_helpers.cli.main.main` does."""
     return run_command(argv, build_parser())
 
 

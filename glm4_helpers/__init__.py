@@ -1,6 +1,6 @@
-"""Helpers of the GLM-4 fine-tuning course: the names that notebooks import; nothing else.
+"""Helpers of the GLM-4 fine-tuning course: every name that notebooks import, and nothing else.
 
-Modules and names are imported when they are first used (PEP 562), so that importing the package stays instant.
+A name is imported when it is first used (PEP 562), so that importing the package stays instant.
 """
 
 from __future__ import annotations
@@ -9,66 +9,43 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = (
-    "errors", "paths", "profiles", "chat_format", "datasets", "models", "environment", "generation", "tracking",
-    "training", "evaluation", "plots", "widgets", "terminal_chat", "memory", "download", "export",
-    "exercises",
-)  # fmt: skip
-_ROOMS = {"tracking": "runs"}
-
 _NAMES = {
-    "CourseError": "errors",
-    "show_errors_plainly": "errors",
-    "home": "paths",
-    "data_dir": "paths",
-    "weights_dir": "paths",
-    "outputs_dir": "paths",
-    "get_profile": "profiles",
-    "profile_names": "profiles",
-    "profile_settings": "profiles",
-    "render": "chat_format",
-    "encode": "chat_format",
-    "prompt_ids": "chat_format",
-    "stop_ids": "chat_format",
-    "read_rows": "datasets",
-    "to_messages": "datasets",
-    "load_messages": "datasets",
-    "split": "datasets",
-    "fingerprint": "datasets",
-    "ledger": "datasets",
-    "encode_rows": "datasets",
-    "load_tokenizer": "models",
-    "load_base_model": "models",
-    "load_adapter": "models",
-    "adapter_off": "models",
-    "parameter_table": "models",
-    "structure": "models",
-    "answers": "generation",
-    "continuations": "generation",
-    "stream": "generation",
-    "lora_config": "training",
-    "sft_config": "training",
-    "build_trainer": "training",
-    "train": "training",
-    "train_or_load": "training",
-    "evaluate_rows": "evaluation",
-    "before_after": "evaluation",
-    "format_table": "evaluation",
-    "before_after_figure": "plots",
-    "check": "exercises",
-    "prepare_notebook": "exercises",
-    "write_metrics": "exercises",
+    "support.errors": ("CourseError",),
+    "support.paths": ("home", "outputs_dir"),
+    "support.files": ("read_json",),
+    "profiles": ("get_profile",),
+    "data": ("load_messages", "read_rows", "to_messages", "encode_rows"),
+    "rows.report": ("ledger",),
+    "chat_format": ("IGNORE", "encode", "prompt_ids", "render"),
+    "checks.chat_template": ("CHAT_TEMPLATE",),
+    "models": ("load_tokenizer", "load_base_model", "load_adapter", "adapter_off", "dtype_reason"),
+    "checks.weights": ("base_folder", "check_weights", "weight_files"),
+    "checks.adapters": ("check_target_modules", "save_adapter_facts"),
+    "checks.shapes": ("meta_model", "parameter_table", "structure"),
+    "held_out": ("read_held_out", "read_plain"),
+    "training": ("lora_config", "sft_config", "build_trainer", "train_or_load", "default_adapter_dir"),
+    "runs.checkpoints": ("ANSWERS_FILE",),
+    "runs.tracking": ("start_run", "tracking_callback", "finish_run"),
+    "generation": ("answers", "continuations"),
+    "evaluation": ("Rate", "before_after", "cloze_accuracy", "evaluate_rows", "format_table", "wilson_interval"),
+    "plots": ("before_after_figure", "checkpoints_figure", "kinds_figure", "kinds_of_rows_figure", "lengths_figure", "loss_figure", "memory_figure", "parameter_figure"),
+    "widgets": ("chat_box", "token_boxes", "token_view", "token_view_figure"),
+    "machine.hardware": ("this_machine",),
+    "machine.gpus": ("native_bfloat16",),
+    "machine.doctor": ("doctor",),
+    "machine.memory": ("estimate_memory",),
+    "machine.room": ("needs",),
+    "notebook": ("check", "prepare_notebook", "write_metrics"),
 }
 
-__all__ = [*_MODULES, *_NAMES]
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str):
-    if name in _NAMES:
-        return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-    if name in _MODULES:
-        room = f".{_ROOMS[name]}" if name in _ROOMS else ""
-        return importlib.import_module(f"{room}.{name}", __name__)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -21,42 +21,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .chat_format import IGNORE, TERMINATOR, encode, prompt_ids, stop_ids
-from .datasets import can_be_asked, data_source, fingerprint, local_copy, read_rows, to_messages
-from .errors import DataError, ModelError, SettingError
+from .chat_format import IGNORE, encode, prompt_ids
+from .checks.adapters import check_adapter, check_trained_model
+from .checks.chat_template import TERMINATOR, stop_ids
+from .checks.shapes import meta_model
+from .checks.weights import base_folder, check_weights
+from .data import to_messages
 from .generation import Answer, answers, continuations
-from .models import (
-    adapter_off,
-    base_folder,
-    check_adapter,
-    check_trained_model,
-    check_weights,
-    load_adapter,
-    load_base_model,
-    load_tokenizer,
-    meta_model,
-)
-from .paths import home
+from .held_out import FREE_TEXT_ROWS, SET_NAMES, read_free_text, read_held_out, read_plain, training_overlap
+from .models import adapter_off, load_adapter, load_base_model, load_tokenizer
 from .profiles import Profile, get_profile, profile_names
 from .runs.provenance import as_trained
-from .runs.rows import train_and_dev
+from .support.errors import DataError, ModelError
+from .support.paths import home
 
-SET_NAMES = ("unseen_rows", "unseen_entities", "unseen_phrasings", "second_turns")
 SENTENCE_ENDS = "。！？\n，；"
-
-FREE_TEXT_SET = "held_out_rows"
-FREE_TEXT_ROWS = 200
-"""How many held-out rows of free text are scored: a 9B on one GPU answers them in minutes, not hours."""
-
 BASELINE_TERMINATOR = "<|user|>"
 """How the published chat models end an answer: with the next turn's role."""
-
-CHECKS = {
-    "exact": ("answers",),
-    "one_of": ("answers",),
-    "distinct_of": ("count", "members", "prefix", "suffix", "separator"),
-}
-"""The types of checks and what each of them holds."""
 
 
 @dataclass(frozen=True)
@@ -338,129 +319,6 @@ def _by_kind(items: Sequence[Mapping[str, Any]], right: Sequence[bool]) -> dict[
             for kind in kinds
         },
     }
-
-
-def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]]:
-    """The held-out sets of one half ("dev" or "test"), each named after its file: the course's or your own rows.
-
-    Rows are of any shape that `to_messages` takes; those with a `check` can be right or wrong. Raises DataError, naming
-    file and row, for rows that are absent or damaged or can't be asked, SettingError for a profile without such rows.
-    """
-    data = profile.dev_data if half == "dev" else profile.test_data
-    if data is None:
-        raise SettingError(f"{profile.name} has no {half}_data.", f"Give rows with --set {half}_data=FILE.")
-    source = data_source(data)
-    if not isinstance(source, Path):
-        return {data.rpartition("/")[2]: _held_out_rows(source, data, profile.columns)}
-    if not source.is_dir():
-        return {source.stem: _held_out_rows(source, data, profile.columns)}
-    files = [file for file in source.iterdir() if file.is_file() and file.name[0] != "." and file.suffix != ".md"]
-    absent = [name for name in SET_NAMES if name not in {file.stem for file in files}]
-    if absent and data in ("data/dev", "data/test"):
-        raise DataError(f"{source / absent[0]}.json is not there.", _RESTORE)
-    if not files:
-        raise DataError(f"{source} holds no files of rows.", "Give a JSON or JSONL file, or a folder of such files.")
-    order = {name: place for place, name in enumerate(SET_NAMES)}  # the course's own, from easy to hard
-    files.sort(key=lambda file: (order.get(file.stem, len(order)), file.name))
-    stems = Counter(file.stem for file in files)
-    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
-    return {
-        name: _held_out_rows(file, f"{data}/{file.name}", profile.columns)
-        for name, file in zip(names, files, strict=True)
-    }
-
-
-def _held_out_rows(source: str | Path, shown: str, columns: Mapping[str, str] | None) -> list[dict[str, Any]]:
-    """The rows of one set, each of them fit to be asked and, where it has a check, judged."""
-    rows = read_rows(source, columns)
-    for number, row in enumerate(rows, 1):
-        where = f"{shown}, row {number}"
-        if not can_be_asked(to_messages(row, where)):
-            raise DataError(f"{where} has no answer that follows a question.", "Give it both, or remove the row.")
-        if row.get("check") is None:
-            row.pop("check", None)
-        else:
-            _require_check(row["check"], where)
-    return rows
-
-
-def _require_check(check: Any, where: str) -> None:
-    kind = check.get("type") if isinstance(check, Mapping) else None
-    if kind not in CHECKS:
-        raise DataError(f"{where} has a check of the unknown type {kind!r}.", f"Use {', '.join(CHECKS)}.")
-    absent = [name for name in CHECKS[kind] if name not in check]
-    texts = check.get("answers", check.get("members"))
-    if absent or not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        example = '{"type": "one_of", "answers": ["好的。", "行。"]}'
-        problem = f"{where} has a check without {absent[0] if absent else 'a list of texts'}."
-        raise DataError(problem, f"Write it like {example}.")
-
-
-def read_plain(name: str) -> list[dict[str, Any]]:
-    """The plain-text items of data/cloze.json or data/questions.json."""
-    return _read_checked(home() / "data" / f"{name}.json")
-
-
-_RESTORE = "Restore it (git checkout -- data) or make it again: python -m nano data"
-
-
-def _read_checked(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there.", _RESTORE) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}", _RESTORE) from None
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} holds no rows.", _RESTORE)
-    return rows
-
-
-def read_free_text(
-    profile: Profile, tokenizer: PreTrainedTokenizerBase, count: int = FREE_TEXT_ROWS
-) -> dict[str, list[dict[str, Any]]]:
-    """At most `count` of the rows that training keeps out of this profile's data, as one set.
-
-    The choice depends on the rows' own content, so that every run and machine scores the same ones. Rows that training
-    would drop (too long, or without an answer) are left out. The training's dev loss is measured on these rows too.
-    Raises DataError where the profile holds nothing out.
-    """
-    held_out = sorted(_held_out_messages(profile), key=_identity)
-    limit = profile.training.max_length
-    usable = (messages for messages in held_out if _is_kept(tokenizer, messages, limit))
-    rows = [{"id": str(number), "messages": messages} for number, messages in zip(range(1, count + 1), usable)]
-    if not rows:
-        raise DataError(
-            f"{profile.name} holds out no row with an answer of at most {limit} tokens.",
-            "Raise dev_fraction or training.max_length.",
-        )
-    return {FREE_TEXT_SET: rows}
-
-
-def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
-    """The dev conversations, split off as training does it."""
-    dev = train_and_dev(profile)[1]
-    if dev is None:
-        raise DataError(f"{profile.name} holds no rows out.", "Train with dev_fraction=0.05, or give dev_data.")
-    return dev["messages"]
-
-
-def _identity(messages: Sequence[Mapping[str, str]]) -> str:
-    return fingerprint([{"messages": messages}])
-
-
-def training_overlap(profile: Profile, held_out: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
-    """How many of the rows have a question of the profile's training rows; None where those are on a hub only."""
-    sources = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
-    if not all(isinstance(data_source(each), Path) or local_copy(each).exists() for each in sources):
-        return None
-    trained = {_identity(messages[:-1]) for messages in train_and_dev(profile)[0]["messages"]}
-    return sum(_identity(to_messages(row)[:-1]) in trained for rows in held_out.values() for row in rows)
-
-
-def _is_kept(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int) -> bool:
-    """Whether training would keep the conversation, and its last answer can be asked for."""
-    return can_be_asked(messages) and len(encode(tokenizer, messages)["input_ids"]) <= max_length
 
 
 def score_model(

@@ -24,8 +24,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .chat_format import prompt_ids, stop_ids
-from .errors import SettingError
+from .chat_format import prompt_ids
+from .checks.chat_template import stop_ids
+from .support.errors import SettingError
 
 Message = Mapping[str, Any]
 

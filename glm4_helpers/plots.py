@@ -17,8 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from .environment import CHINESE_FONTS
-
 BEFORE, AFTER, ACCENT = "#8a94a6", "#1f6fb2", "#c2571a"
 """Grey before, blue after, orange for what is pointed at: told apart without colour vision, too."""
 
@@ -431,3 +429,12 @@ def memory_figure(parts: Mapping[str, Mapping[str, float]], limit: float | None 
 
 def _unit(largest: float) -> tuple[float, str]:
     return (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+
+
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Heiti SC", "PingFang HK", "Heiti TC", "STHeiti", "Songti SC",
+    "SimSun", "Arial Unicode MS", "Noto Sans CJK JP",
+)  # fmt: skip
+"""Families with Chinese glyphs on Linux, macOS and Windows, in the order they are preferred; plots use the first one
+installed."""

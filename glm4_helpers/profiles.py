@@ -11,13 +11,11 @@ import difflib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import SettingError
+from .support.errors import SettingError
 
 DEFAULT = "glm4-nano"
 
@@ -178,7 +176,6 @@ class Profile:
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _PROMPTS = ("你好，告诉我你的名字。", "告诉我1+2等于多少？")
-
 _NANO = Profile(
     name="glm4-nano",
     title="glm4-nano, shipped with the course: minutes on a CPU",
@@ -213,7 +210,6 @@ _NANO = Profile(
     max_new_tokens=200,
     needs=Needs(memory_gib=3, gpu_memory_gib=0, disk_gib=1),
 )
-
 _SHAPE_9B = {
     "model_type": "glm",
     "vocab_size": 151_552,
@@ -226,7 +222,6 @@ _SHAPE_9B = {
     "attention_bias": True,
     "tie_word_embeddings": False,
 }
-
 # The published recipe: Alpaca-GPT4 Chinese, 5 % held out, batch 2 (4 for evaluation), 5e-4 with linear decay,
 # 512 tokens, a look at every tenth of the run. Two settings are ours. Gradient checkpointing keeps the run below 24 GB.
 # padding_free spares a quarter of the tokens; loss and gradients are those of padded rows (tests/test_padding_free.py).
@@ -266,7 +261,6 @@ _LORA_9B = Profile(
     chat_model="weights/glm-4-9b-chat-hf",
     old_names=("glm-4-9b", "glm-4-9b-chat", "glm-4-9b-chat-1m"),
 )
-
 _PROFILES = (
     _NANO,
     dataclasses.replace(
@@ -361,43 +355,6 @@ def changes_weights(key: str) -> bool:
     """Whether another value of the setting with this dotted key gives other trained weights."""
     setting = _SETTINGS.get(key) or _SETTINGS.get(key.partition(".")[0])
     return setting is None or setting.metadata["changes_weights"]
-
-
-def settings_from_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings of a YAML file as keyword arguments for ``get_profile``, with dotted keys.
-
-    ``profile: NAME`` in the file chooses the profile. Raises SettingError naming file and key.
-    """
-    import yaml
-
-    example = "Write it as key: value lines, such as training.epochs: 1."
-    try:
-        content = yaml_value(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError(f"{path} can't be read: {error.strerror}.", "Give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is not YAML: {' '.join(str(error).split())}.", example) from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise SettingError(f"{path} holds no settings.", example)
-    name = content.pop("profile", None)
-    settings = flat_settings(content)
-    try:
-        get_profile(name, **settings)
-    except SettingError as error:
-        raise SettingError(f"{path}: {error.problem}", error.fix) from None
-    return settings if name is None else {"name": name, **settings}
-
-
-def yaml_value(text: str) -> Any:
-    """What YAML text means. Reads 5e-4 as a number, as YAML 1.2 does; PyYAML alone takes it for text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    number = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    return yaml.load(text, Loader)
 
 
 def flat_settings(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

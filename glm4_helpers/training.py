@@ -29,21 +29,25 @@ from transformers import (
     TrainerCallback,
 )
 
-from . import memory, models
+from . import models
 from .chat_format import prompt_ids
-from .datasets import can_be_asked, encode_rows, profile_rows, rows_report, without_nulls
-from .environment import launched_zero_stage, require_room
-from .errors import DataError, MachineError, SettingError
-from .paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, shown
+from .checks import adapters, shapes, weights
+from .data import can_be_asked, encode_rows, profile_rows
+from .held_out import dev_note, train_and_dev
+from .machine import gpus, memory
+from .machine.room import launched_zero_stage, require_room
 from .profiles import Profile, profile_settings
+from .rows.files import without_nulls
+from .rows.report import rows_report
 from .runs import tracking
 from .runs.callbacks import AnswerAtCheckpoints, StopAtNan, progress
 from .runs.checkpoints import ANSWERS_FILE, MarkComplete, Start, find_start, unfinished_run
-from .runs.files import read_json, write_json
 from .runs.processes import join_processes, say, shared, sole_use
 from .runs.provenance import difference, run_facts, with_dtype
 from .runs.results import TrainingResult, load_result, publish, result_of
-from .runs.rows import dev_note, train_and_dev
+from .support.errors import DataError, MachineError, SettingError
+from .support.files import read_json, write_json
+from .support.paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, shown
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer  # slow to import, and not needed to load what is finished
@@ -89,7 +93,7 @@ def why_train(profile: Profile, adapter_dir: Path) -> str:
     record = read_json(adapter_dir / TRAINING_FILE)
     if record is None:
         return f"there is no finished adapter in {shown(adapter_dir)}"
-    models.check_weights(models.base_folder(profile), profile)
+    weights.check_weights(weights.base_folder(profile), profile)
     conversations = train_and_dev(profile)
     changed = _changed_since(record, profile, *conversations)
     if changed:
@@ -128,7 +132,7 @@ def train(
     tracking.check_mode(tracking_mode)
     output = _output(profile, output_dir)
     work = output / CHECKPOINTS
-    models.check_weights(models.base_folder(profile), profile)
+    weights.check_weights(weights.base_folder(profile), profile)
     conversations = train_and_dev(profile)
     if profile.lora is not None:
         _check_targets(profile)
@@ -204,11 +208,11 @@ def _tracked(profile: Profile, work: Path, start: Start, mode: str) -> Iterator[
     if start.tracked:
         tracking.replay(*start.history(), start.tracked)
     try:
-        yield tracking.callback()
+        yield tracking.tracking_callback()
     except BaseException as error:
-        tracking.finish(error)
+        tracking.finish_run(error)
         raise
-    tracking.finish()
+    tracking.finish_run()
 
 
 @contextmanager
@@ -224,8 +228,8 @@ def _out_of_memory(profile: Profile, rows: _Rows, work: Path) -> MachineError:
     setting = memory.setting_of(
         profile, length=rows.longest, gpus=PartialState().num_processes, zero_stage=launched_zero_stage()
     )
-    shape = memory.shape_of(models.model_config(profile))
-    near = memory.nearest_fit(profile, memory.estimate(profile, setting, shape).total_gib - 0.01, setting, shape)
+    shape = memory.shape_of(shapes.model_config(profile))
+    near = memory.nearest_fit(profile, memory.estimate_memory(profile, setting, shape).total_gib - 0.01, setting, shape)
     smaller = f"try {memory.describe(near)}, in another folder (--output)" if near else "take a smaller profile"
     return MachineError(
         f"The GPU has run out of memory for {profile.name} with {memory.describe(setting)}.",
@@ -264,7 +268,7 @@ def build_trainer(
     if dev_rows is None or len(dev_rows) == 0:
         dev_rows, config.eval_strategy, config.load_best_model_at_end = None, "no", False
     if profile.lora is not None:
-        models.check_target_modules(model, profile.lora.target_modules)
+        adapters.check_target_modules(model, profile.lora.target_modules)
     trainer = SFTTrainer(
         model=model,
         args=config,
@@ -293,7 +297,7 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
 
     chosen = profile.training
     dtype = dtype or models.resolve_dtype(profile.dtype)
-    on_gpu = models.default_device().type == "cuda"
+    on_gpu = gpus.default_device().type == "cuda"
     looks = "steps" if chosen.evaluations_per_run else "no"
     padding_free = chosen.padding_free and chosen.per_device_batch_size > 1  # one row alone has no padding
     return SFTConfig(
@@ -316,7 +320,7 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
         dataset_kwargs={"skip_prepare_dataset": True},
         # Autocast pays where bfloat16 is native. A CPU would convert the weights again in every layer, and an older GPU
         # would emulate it, slower than float32.
-        bf16=on_gpu and dtype == torch.bfloat16 and models.native_bfloat16(),
+        bf16=on_gpu and dtype == torch.bfloat16 and gpus.native_bfloat16(),
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,  # every LoRA matrix is used in every step
@@ -400,9 +404,9 @@ def _questions(
 
 def _check_targets(profile: Profile) -> None:
     """Raise ModelError for LoRA targets that the model lacks, SettingError where two name the same module."""
-    model, targets = models.meta_model(profile), profile.lora.target_modules
-    models.check_target_modules(model, targets)
-    count = Counter(name for target in targets for name in models.check_target_modules(model, [target]))
+    model, targets = shapes.meta_model(profile), profile.lora.target_modules
+    adapters.check_target_modules(model, targets)
+    count = Counter(name for target in targets for name in adapters.check_target_modules(model, [target]))
     module, times = count.most_common(1)[0]
     if times > 1:
         raise SettingError(
@@ -417,7 +421,7 @@ def _check_rows(profile: Profile, rows: _Rows) -> None:
             "training.early_stopping_patience needs evaluations on dev rows, and this run has none.",
             "Set training.evaluations_per_run and dev_data (or dev_fraction), or leave the patience at null.",
         )
-    positions = models.model_config(profile).max_position_embeddings
+    positions = shapes.model_config(profile).max_position_embeddings
     if rows.longest > positions:
         raise SettingError(
             f"The longest row has {rows.longest:,} tokens, and {profile.name} was made for {positions:,} positions.",

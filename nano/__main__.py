@@ -13,9 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from glm4_helpers.__main__ import Parser
-from glm4_helpers.__main__ import main as run_command
-from glm4_helpers.commands import add_json, count, show
+from glm4_helpers.cli.commands import add_json, count, show
+from glm4_helpers.cli.main import Parser
+from glm4_helpers.cli.main import main as run_command
 
 EXAMPLES = """\
 examples:
@@ -49,13 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status, as `glm4_helpers.__main__.main` does."""
+    """Run one command and return its exit status, as `glm4_helpers.cli.main.main` does."""
     return run_command(argv, build_parser())
 
 
 def make_data(arguments: argparse.Namespace) -> int:
     """Write data/ and print the digests of its files."""
-    from glm4_helpers.paths import data_dir
+    from glm4_helpers.support.paths import data_dir
 
     from .files import DOCUMENTS, write_data
 
@@ -68,7 +68,7 @@ def make_data(arguments: argparse.Namespace) -> int:
 
 def make_model(arguments: argparse.Namespace) -> int:
     """Pretrain the base model, write it with its model card, and print what the card says."""
-    from glm4_helpers.paths import data_dir, outputs_dir, weights_dir
+    from glm4_helpers.support.paths import data_dir, outputs_dir, weights_dir
 
     from . import pretrain as nano
     from .cards import model_card
@@ -93,8 +93,9 @@ def make_model(arguments: argparse.Namespace) -> int:
 
 def measurements(result, tokenizer, settings, text: Path) -> dict[str, Any]:
     """All that the model card says, measured on the model as it was just trained."""
-    from glm4_helpers.environment import machine
-    from glm4_helpers.evaluation import cloze_accuracy, plain_questions_accuracy, read_plain
+    from glm4_helpers.evaluation import cloze_accuracy, plain_questions_accuracy
+    from glm4_helpers.held_out import read_plain
+    from glm4_helpers.machine.hardware import this_machine
 
     return {
         "parameters": result.model.num_parameters(),
@@ -103,7 +104,7 @@ def measurements(result, tokenizer, settings, text: Path) -> dict[str, Any]:
         "tokens_per_step": settings.blocks_per_step * settings.block,
         "steps": result.steps,
         "minutes": result.seconds / 60,
-        "cpu": f"{machine().cpu}, {machine().cores} cores",
+        "cpu": f"{this_machine().cpu}, {this_machine().cores} cores",
         "curve": result.curve,
         "settings": asdict(settings),
         "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),

@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from glm4_helpers.chat_format import stop_ids
-from glm4_helpers.errors import MachineError, ModelError
-from glm4_helpers.export import save_tokenizer
+from glm4_helpers.checks.chat_template import stop_ids
+from glm4_helpers.cli.export import save_tokenizer
+from glm4_helpers.support.errors import MachineError, ModelError
 from glm4_helpers.tokenizer_building import glm4_tokenizer
 
 

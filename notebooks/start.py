@@ -16,7 +16,7 @@ if str(CLONE) not in sys.path:
     sys.path.insert(0, str(CLONE))
 os.environ.setdefault("GLM4_HOME", str(CLONE))
 
-from glm4_helpers.errors import MachineError, show_errors_plainly  # noqa: E402
+from glm4_helpers.support.errors import MachineError, show_errors_plainly
 
 NEEDED = ("trl", "peft", "swanlab")
 """A host such as Colab has most packages, but hardly all of these."""

@@ -93,7 +93,7 @@ def install(names, patch=setattr, environment=os.environ.__setitem__):
     import torch
     from transformers import TrainingArguments
 
-    from glm4_helpers import models
+    from glm4_helpers.machine import gpus
 
     cuda = Cuda(names)
     for name in dir(cuda):
@@ -106,7 +106,7 @@ def install(names, patch=setattr, environment=os.environ.__setitem__):
         patch(module, "get_rng_state_all", lambda *_: [])
     patch(torch.cuda, "current_device", lambda: 0)
     patch(torch.version, "cuda", "13.0")
-    patch(models, "default_device", lambda: torch.device("cpu"))
+    patch(gpus, "default_device", lambda: torch.device("cpu"))
     for module in (peft.peft_model, peft.utils.save_and_load):
         patch(module, "infer_device", lambda: "cpu")
     environment("ACCELERATE_TORCH_DEVICE", "cpu")

@@ -84,7 +84,7 @@ def tiny_model(nano_tokenizer):
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from glm4_helpers.chat_format import stop_ids
+    from glm4_helpers.checks.chat_template import stop_ids
 
     config = GlmConfig(
         vocab_size=len(nano_tokenizer),

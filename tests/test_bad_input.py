@@ -22,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
 from transformers import TrainerCallback
 
-from glm4_helpers import environment, export, generation, models, training
-from glm4_helpers.__main__ import main
-from glm4_helpers.errors import CourseError
+from glm4_helpers import generation, models, training
+from glm4_helpers.checks import adapters
+from glm4_helpers.cli import export
+from glm4_helpers.cli.main import main
+from glm4_helpers.machine import hardware
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.support.errors import CourseError
 
 TITLE = "bad input: what a user sees"
 WIDTHS = (42, 96)
@@ -462,8 +465,8 @@ def _(folder, monkeypatch):
 
 @case("training with too little memory", "glm4-nano with batch 8", "0.0 GiB are there", "smaller profile")
 def _(folder, monkeypatch):
-    found = environment.machine()
-    monkeypatch.setattr(environment, "machine", lambda folder=None: replace(found, memory_available_gib=0.0))
+    found = hardware.this_machine()
+    monkeypatch.setattr(hardware, "this_machine", lambda folder=None: replace(found, memory_available_gib=0.0))
     return train("--output", folder / "results")
 
 
@@ -700,7 +703,7 @@ def save_adapter(folder, **overrides):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     model.save_pretrained(folder)
-    models.save_adapter_facts(folder, profile)
+    adapters.save_adapter_facts(folder, profile)
 
 
 @pytest.fixture(scope="module")

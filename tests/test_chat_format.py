@@ -6,19 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from glm4_helpers.chat_format import (
+from glm4_helpers.chat_format import IGNORE, encode, prompt_ids, render
+from glm4_helpers.checks.chat_template import (
     CHAT_TEMPLATE,
-    IGNORE,
     SPECIAL_TOKENS,
     STOP_TOKENS,
-    encode,
-    prompt_ids,
     read_format,
-    render,
     stop_ids,
     tools_text,
 )
-from glm4_helpers.errors import DataError, ModelError, SettingError
+from glm4_helpers.support.errors import DataError, ModelError, SettingError
 
 GOLDENS = json.loads((Path(__file__).parent / "data" / "chat_format.json").read_text(encoding="utf-8"))["conversations"]
 BY_NAME = {golden["name"]: golden for golden in GOLDENS}

@@ -13,10 +13,11 @@ from unittest.mock import create_autospec
 import pytest
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
 
-from glm4_helpers import __main__ as command_line
-from glm4_helpers.commands import chosen_profile, parse_setting
-from glm4_helpers.commands.evaluate import format_summary, median_and_worst
-from glm4_helpers.errors import SettingError
+from glm4_helpers.cli import main as command_line
+from glm4_helpers.cli.commands import chosen_profile, parse_setting
+from glm4_helpers.cli.commands.evaluate import format_summary, median_and_worst
+from glm4_helpers.machine import doctor
+from glm4_helpers.support.errors import SettingError
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
@@ -35,7 +36,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         encoding="utf-8",
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
+        env={**os.environ, **doctor},
         timeout=120,
     )
 
@@ -46,9 +47,9 @@ def test_after_full_fine_tuning_chat_takes_the_trained_model_and_over_a_pipe_sho
     save_model(tmp_path / folder / "model", tiny_glm(tokenizer), tokenizer)
     given = [] if folder.startswith("outputs") else ["--adapter", str(tmp_path / folder)]
     command = [sys.executable, "-m", "glm4_helpers", "chat", "--profile", "glm-4-9b-full", "--max-new-tokens", "3", *given]
-    environment = {**os.environ, "GLM4_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    doctor = {**os.environ, "GLM4_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, input="你好\n", env=environment, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120
+        command, input="你好\n", env=doctor, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
@@ -119,15 +120,15 @@ def test_doctor_prints_json_alone_and_its_status_says_whether_all_is_well():
 
 
 def test_what_libraries_print_does_not_mix_with_the_json(monkeypatch, capsys):
-    from glm4_helpers import environment
+    from glm4_helpers.machine import doctor
 
-    doctor = environment.doctor
+    doctor = doctor.doctor
 
     def talkative(profile):
         print("noise")
         return doctor(profile)
 
-    monkeypatch.setattr(environment, "doctor", talkative)
+    monkeypatch.setattr(doctor, "doctor", talkative)
     command_line.main(["doctor", "--json"])
     captured = capsys.readouterr()
     assert json.loads(captured.out)["profile"] == "glm4-nano"
@@ -135,12 +136,12 @@ def test_what_libraries_print_does_not_mix_with_the_json(monkeypatch, capsys):
 
 
 def test_ctrl_c_ends_with_status_130_and_no_traceback(monkeypatch, capsys):
-    from glm4_helpers import environment
+    from glm4_helpers.machine import doctor
 
     def interrupted(profile):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(environment, "doctor", interrupted)
+    monkeypatch.setattr(doctor, "doctor", interrupted)
     assert command_line.main(["doctor"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -250,9 +251,9 @@ def replaced_with_a_double(monkeypatch, module, name, answer):
 
 
 def test_chat_hands_its_options_on(monkeypatch, tmp_path):
-    from glm4_helpers import terminal_chat
+    from glm4_helpers.chat import terminal
 
-    chat = replaced_with_a_double(monkeypatch, terminal_chat, "run_chat", 0)
+    chat = replaced_with_a_double(monkeypatch, terminal, "run_chat", 0)
     options = ["--temperature", "0.6", "--system", "请简短。", "--max-new-tokens", "9", "--adapter", str(tmp_path)]
     assert command_line.main(["chat", *options]) == 0
     profile, adapter, sampling, system, delimiter = chat.call_args.args

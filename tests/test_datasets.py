@@ -7,9 +7,10 @@ from unittest.mock import create_autospec
 
 import pytest
 
-from glm4_helpers import datasets as data
+from glm4_helpers import data
 from glm4_helpers.chat_format import IGNORE, encode
-from glm4_helpers.errors import DataError, MachineError, SettingError
+from glm4_helpers.rows import files, report
+from glm4_helpers.support.errors import DataError, MachineError, SettingError
 
 ALPACA = {"instruction": "翻译成英文。", "input": "苹果", "output": "apple"}
 MESSAGES = [{"role": "user", "content": "翻译成英文。\n\n苹果"}, {"role": "assistant", "content": "apple"}]
@@ -223,7 +224,7 @@ def test_a_local_copy_of_a_hub_id_is_taken_first(write, tmp_path, monkeypatch):
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
     (tmp_path / "data").mkdir()
     write([ALPACA], "data/alpaca_gpt4_zh.json")
-    assert data.local_copy("llamafactory/alpaca_gpt4_zh") == tmp_path / "data" / "alpaca_gpt4_zh.json"
+    assert files.local_copy("llamafactory/alpaca_gpt4_zh") == tmp_path / "data" / "alpaca_gpt4_zh.json"
     assert data.read_rows("llamafactory/alpaca_gpt4_zh") == [ALPACA]
 
 
@@ -254,7 +255,7 @@ def test_modelscope_absent_and_an_unknown_hub_are_said(tmp_path, monkeypatch):
 def test_ledger_counts_what_training_would_meet(write, nano_tokenizer):
     rows = rows_of(("一", "1"), ("一", "1"), ("二", ""), (" ", "3"), ("四", "4" * 20), ("五" * 20, "5"))
     dataset = data.load_messages(write(rows))
-    ledger = data.ledger(nano_tokenizer, dataset, [8, 20, 100])
+    ledger = report.ledger(nano_tokenizer, dataset, [8, 20, 100])
     assert (ledger["rows"], ledger["duplicates"]) == (6, 1)
     assert (ledger["empty_answers"], ledger["empty_questions"]) == (1, 1)
     assert ledger["longest"] == len(encode(nano_tokenizer, dataset[4]["messages"])["input_ids"])
@@ -269,7 +270,7 @@ def test_ledger_agrees_with_cutting(write, nano_tokenizer):
     row = rows_of(("一", "12"))
     dataset = data.load_messages(write(row))
     length = len(encode(nano_tokenizer, dataset[0]["messages"])["input_ids"])
-    fates = data.ledger(nano_tokenizer, dataset, range(length - 4, length + 1))["by_max_length"]
+    fates = report.ledger(nano_tokenizer, dataset, range(length - 4, length + 1))["by_max_length"]
     kinds = [next(key for key in ("fit", "lose_end", "lose_answer") if each[key]) for each in fates]
     # From the end: whole; without terminator; without the 2; only the newline; nothing of the answer.
     assert kinds[::-1] == ["fit", "lose_end", "lose_end", "lose_answer", "lose_answer"]
@@ -277,7 +278,7 @@ def test_ledger_agrees_with_cutting(write, nano_tokenizer):
 
 def test_encode_rows_drops_and_counts_but_never_cuts(write, nano_tokenizer, caplog):
     dataset = data.load_messages(write(rows_of(("一", "1"), ("二", " "), ("", "3"), ("四", "4" * 50))))
-    with caplog.at_level(logging.WARNING, logger="glm4_helpers.datasets"):
+    with caplog.at_level(logging.WARNING, logger="glm4_helpers.data"):
         encoded = data.encode_rows(nano_tokenizer, dataset, max_length=30)
     assert encoded.column_names == ["input_ids", "labels"]
     assert encoded[0] == encode(nano_tokenizer, dataset[0]["messages"]) and len(encoded) == 1

@@ -124,8 +124,8 @@ def test_another_repository_goes_to_a_folder_of_its_own(published, course):
 
 
 def test_without_modelscopes_client_the_error_names_the_package(monkeypatch):
-    from glm4_helpers import download
-    from glm4_helpers.errors import MachineError
+    from glm4_helpers.cli import download
+    from glm4_helpers.support.errors import MachineError
 
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", None)
     with pytest.raises(MachineError, match="modelscope is not installed") as error:
@@ -197,15 +197,15 @@ def complete(published, course, monkeypatch):
 
 
 def test_a_complete_folder_passes(complete):
-    from glm4_helpers import download
+    from glm4_helpers.cli import download
 
     assert download.verify(*complete) is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_missing_file_is_named(complete, name):
-    from glm4_helpers import download
-    from glm4_helpers.errors import ModelError
+    from glm4_helpers.cli import download
+    from glm4_helpers.support.errors import ModelError
 
     (complete[0] / name).unlink()
     with pytest.raises(ModelError, match=name) as error:
@@ -214,8 +214,8 @@ def test_a_missing_file_is_named(complete, name):
 
 
 def test_each_missing_or_short_shard_is_named(complete):
-    from glm4_helpers import download
-    from glm4_helpers.errors import ModelError
+    from glm4_helpers.cli import download
+    from glm4_helpers.support.errors import ModelError
 
     for shard in shards(complete[0]):
         content = shard.read_bytes()
@@ -229,16 +229,16 @@ def test_each_missing_or_short_shard_is_named(complete):
 
 
 def test_another_architecture_is_refused(complete):
-    from glm4_helpers import download
-    from glm4_helpers.errors import ModelError
+    from glm4_helpers.cli import download
     from glm4_helpers.profiles import get_profile
+    from glm4_helpers.support.errors import ModelError
 
     with pytest.raises(ModelError, match="needs Glm4ForCausalLM"):
         download.verify(complete[0], get_profile("glm-4-9b-0414", base_model="weights/glm-4-9b-hf"))
 
 
 def test_what_is_here_already_needs_no_room(complete):
-    from glm4_helpers import download
+    from glm4_helpers.cli import download
 
     files = [download.RemoteFile(file.name, file.stat().st_size) for file in complete[0].iterdir()]
     assert download.check_disk(complete[0], files) is None

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from glm4_helpers import environment, memory
-from glm4_helpers.environment import Gpu, Machine
+from glm4_helpers.machine import doctor, hardware, memory, room
+from glm4_helpers.machine.hardware import Gpu, Machine
 from glm4_helpers.profiles import get_profile, profile_names
 
 LAPTOP = Machine(
@@ -27,7 +27,7 @@ T4 = Gpu("Tesla T4", 14.7, bfloat16=False)
 
 
 def test_this_machine_is_described_in_plain_positive_figures():
-    here = environment.machine()
+    here = hardware.this_machine()
     assert here.cores >= 1
     assert 0 < here.memory_available_gib <= here.memory_gib
     assert here.disk_free_gib > 0
@@ -36,41 +36,41 @@ def test_this_machine_is_described_in_plain_positive_figures():
 
 
 def test_the_instructions_are_those_that_torch_uses():
-    assert environment.machine().instructions == torch.backends.cpu.get_cpu_capability()
+    assert hardware.this_machine().instructions == torch.backends.cpu.get_cpu_capability()
 
 
 def test_a_container_counts_its_own_limits(monkeypatch):
     limits = {"/sys/fs/cgroup/memory.max": f"{3 * 2**30}\n", "/sys/fs/cgroup/cpu.max": "100000 100000\n"}
-    monkeypatch.setattr(environment, "_text", lambda path: limits.get(path, ""))
-    here = environment.machine()
+    monkeypatch.setattr(hardware, "_text", lambda path: limits.get(path, ""))
+    here = hardware.this_machine()
     assert here.memory_gib <= 3.0
     assert here.cores == 1
 
 
 @pytest.mark.parametrize("name", profile_names())
 def test_every_profile_has_needs_and_only_nano_goes_without_a_gpu(name):
-    need = environment.needs(get_profile(name))
+    need = room.needs(get_profile(name))
     assert need.memory_gib > 0 and need.disk_gib > 0
     assert (need.gpu_memory_gib == 0) == (name == "glm4-nano")
 
 
 def test_the_estimates_agree_with_published_figures():
     # zai-org/GLM-4, June 2024: LoRA 21,531 MiB. Unsloth: at least 6.5 GB for QLoRA.
-    assert environment.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib == pytest.approx(21531 / 1024, rel=0.1)
-    assert 6.5 < environment.needs(get_profile("glm-4-9b-qlora")).gpu_memory_gib < 12
-    assert environment.needs(get_profile("glm-4-9b-full")).gpu_memory_gib > 140
+    assert room.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib == pytest.approx(21531 / 1024, rel=0.1)
+    assert 6.5 < room.needs(get_profile("glm-4-9b-qlora")).gpu_memory_gib < 12
+    assert room.needs(get_profile("glm-4-9b-full")).gpu_memory_gib > 140
 
 
 def test_needs_are_the_estimate_of_memory():
     for name in ("glm-4-9b-lora", "glm-4-9b-qlora", "glm-edge-1.5b"):
         profile = get_profile(name)
-        estimated = memory.estimate(profile, config=memory.published_shape(profile)).total_gib
-        assert environment.needs(profile).gpu_memory_gib == pytest.approx(estimated, abs=0.05)
+        estimated = memory.estimate_memory(profile, config=memory.published_shape(profile)).total_gib
+        assert room.needs(profile).gpu_memory_gib == pytest.approx(estimated, abs=0.05)
 
 
 def test_longer_rows_need_more_gpu_memory():
     short, long = (get_profile("glm-4-9b-lora", **{"training.max_length": length}) for length in (256, 2048))
-    assert environment.needs(short).gpu_memory_gib < environment.needs(long).gpu_memory_gib
+    assert room.needs(short).gpu_memory_gib < room.needs(long).gpu_memory_gib
 
 
 @pytest.mark.parametrize(
@@ -88,18 +88,18 @@ def test_longer_rows_need_more_gpu_memory():
     ],
 )
 def test_gpu_check(profile, gpus, ok, word):
-    check = environment._gpu_check(replace(LAPTOP, gpus=gpus), get_profile(profile))
+    check = doctor._gpu_check(replace(LAPTOP, gpus=gpus), get_profile(profile))
     assert check.ok == ok
     assert word in check.found
     assert bool(check.fix) != ok
 
 
 def test_fsdp_counts_as_zero_stage_three(monkeypatch):
-    assert environment.launched_zero_stage() == 0
+    assert room.launched_zero_stage() == 0
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    assert environment.launched_zero_stage() == 2
+    assert room.launched_zero_stage() == 2
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert environment.launched_zero_stage() == 3
+    assert room.launched_zero_stage() == 3
 
 
 def test_weights_that_are_here_already_need_no_more_room(tmp_path, monkeypatch):
@@ -108,10 +108,10 @@ def test_weights_that_are_here_already_need_no_more_room(tmp_path, monkeypatch):
     (tmp_path / profile.base_model).mkdir(parents=True)
     with (tmp_path / profile.base_model / "model-00001-of-00001.safetensors").open("wb") as file:
         file.truncate(18 * 2**30)
-    report = environment.doctor(profile)
+    report = doctor.doctor(profile)
     disk = next(check for check in report.checks if check.name == "disk")
     listed = next(check for check in report.profiles if check.name == profile.name)
-    left = f"{environment.needs(profile).disk_gib - 18:.0f}"
+    left = f"{room.needs(profile).disk_gib - 18:.0f}"
     assert disk.found.endswith(f"{left} needed") and f"{left} GiB disk" in listed.found
 
 
@@ -124,27 +124,27 @@ def test_weights_that_are_here_already_need_no_more_room(tmp_path, monkeypatch):
     ],
 )
 def test_package_check_names_the_version_and_the_pip_line(line, ok, found):
-    check = environment._package_check(line)
+    check = doctor._package_check(line)
     assert check.ok == ok and found in check.found
     assert ok or check.fix == f'python -m pip install "{line}"'
 
 
 def test_a_local_build_of_torch_is_accepted(monkeypatch):
-    monkeypatch.setattr(environment, "_version", lambda package: "2.13.0+cu126")
-    assert environment._package_check("torch>=2.6").ok
+    monkeypatch.setattr(hardware, "package_version", lambda package: "2.13.0+cu126")
+    assert doctor._package_check("torch>=2.6").ok
 
 
 def test_a_profile_adds_the_packages_that_only_it_needs():
-    names = [check.name for check in environment._package_checks(get_profile("glm-4-9b-qlora"))]
+    names = [check.name for check in doctor._package_checks(get_profile("glm-4-9b-qlora"))]
     assert "bitsandbytes" in names and "deepspeed" not in names
-    assert "bitsandbytes" not in [check.name for check in environment._package_checks(get_profile())]
+    assert "bitsandbytes" not in [check.name for check in doctor._package_checks(get_profile())]
 
 
 def test_outside_the_clone_the_installed_package_tells_its_requirements(monkeypatch):
     lines = ["torch>=2.6", 'bitsandbytes>=0.46; extra == "bitsandbytes"', 'pytest; extra == "test"']
-    monkeypatch.setattr(environment.importlib.metadata, "requires", lambda name: lines)
-    assert environment._installed_requirements(set()) == ["torch>=2.6"]
-    assert environment._installed_requirements({"bitsandbytes"}) == ["torch>=2.6", "bitsandbytes>=0.46"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert doctor._installed_requirements(set()) == ["torch>=2.6"]
+    assert doctor._installed_requirements({"bitsandbytes"}) == ["torch>=2.6", "bitsandbytes>=0.46"]
 
 
 def test_every_failure_comes_with_its_fix(tmp_path, monkeypatch):
@@ -152,9 +152,9 @@ def test_every_failure_comes_with_its_fix(tmp_path, monkeypatch):
     for name in ("glm4_helpers", "weights"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
-    monkeypatch.setattr(environment, "_gpus", lambda: ())
+    monkeypatch.setattr(hardware, "_gpus", lambda: ())
     for name in ("glm4-nano", "glm-4-9b-lora"):
-        report = environment.doctor(get_profile(name))
+        report = doctor.doctor(get_profile(name))
         failed = {check.name: check for check in report.checks if not check.ok}
         assert not report.ok
         assert "base model" in failed
@@ -166,12 +166,12 @@ def test_every_failure_comes_with_its_fix(tmp_path, monkeypatch):
 def test_without_a_course_folder_the_doctor_says_so(tmp_path, monkeypatch):
     monkeypatch.delenv("GLM4_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
-    failed = {check.name: check.fix for check in environment.doctor(get_profile("glm4-nano")).checks if not check.ok}
+    failed = {check.name: check.fix for check in doctor.doctor(get_profile("glm4-nano")).checks if not check.ok}
     assert "Clone" in failed["course folder"]
 
 
 def test_the_report_survives_json():
-    report = environment.doctor(get_profile("glm4-nano"))
+    report = doctor.doctor(get_profile("glm4-nano"))
     read = json.loads(json.dumps(report.as_dict()))
     assert read["ok"] == report.ok
     assert [check["name"] for check in read["profiles"]] == list(profile_names())
@@ -182,9 +182,9 @@ def test_a_machine_without_chinese_fonts_is_told_how_to_get_one(monkeypatch, tmp
     from matplotlib import font_manager
 
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
-    check = environment._font_check()
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "environment.py"))
+    check = doctor._font_check()
     assert not check.ok and "fonts-noto-cjk" in check.fix
     (tmp_path / "fonts").mkdir()
     (tmp_path / "fonts" / "subset.otf").touch()
-    assert environment._font_check().ok
+    assert doctor._font_check().ok

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from glm4_helpers import errors
-from glm4_helpers.errors import CourseError, DataError, MachineError, ModelError, SettingError
+from glm4_helpers.support import errors
+from glm4_helpers.support.errors import CourseError, DataError, MachineError, ModelError, SettingError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ def shell():
 
 def test_in_a_notebook_only_course_errors_lose_their_traceback(shell, capsys):
     assert errors.show_errors_plainly() is True
-    shell.run_cell("from glm4_helpers.errors import DataError\nraise DataError('No rows.', 'Add rows.')")
+    shell.run_cell("from glm4_helpers.support.errors import DataError\nraise DataError('No rows.', 'Add rows.')")
     shown = capsys.readouterr().out
     assert "DataError: No rows.\nFix: Add rows." in shown
     assert "Traceback" not in shown
@@ -42,7 +42,7 @@ def test_in_a_notebook_only_course_errors_lose_their_traceback(shell, capsys):
 
 def test_the_traceback_stays_available(shell, capsys):
     errors.show_errors_plainly()
-    shell.run_cell("from glm4_helpers.errors import DataError\ndef read():\n    raise DataError('No', 'Add')\nread()")
+    shell.run_cell("from glm4_helpers.support.errors import DataError\ndef read():\n    raise DataError('No', 'Add')\nread()")
     assert "Traceback" not in capsys.readouterr().out
     shell.run_line_magic("tb", "")
     shown = capsys.readouterr().out
@@ -54,7 +54,7 @@ def test_a_real_kernel_reports_the_error_as_those_lines():
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    code = "from glm4_helpers.errors import DataError\nfrom glm4_helpers import errors\nerrors.show_errors_plainly()"
+    code = "from glm4_helpers.support.errors import DataError\nfrom glm4_helpers.support import errors\nerrors.show_errors_plainly()"
     cells = [nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("raise DataError('No rows.', 'Add rows.')")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     with pytest.raises(CellExecutionError):

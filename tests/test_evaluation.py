@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT
 from tiny_models import save_live_adapter, save_model, tiny_glm, tiny_tokenizer
 
-from glm4_helpers import chat_format, evaluation, models
-from glm4_helpers.__main__ import main
-from glm4_helpers.datasets import to_messages
-from glm4_helpers.errors import DataError, ModelError, SettingError
+from glm4_helpers import chat_format, evaluation, generation, models
+from glm4_helpers.checks import adapters
+from glm4_helpers.cli.main import main
+from glm4_helpers.data import to_messages
 from glm4_helpers.evaluation import (
     Rate,
     assistant_token_loss,
@@ -26,16 +26,13 @@ from glm4_helpers.evaluation import (
     format_table,
     is_right,
     paired_test,
-    read_free_text,
-    read_held_out,
-    read_plain,
-    training_overlap,
     wilson_interval,
     wording_bootstrap,
 )
 from glm4_helpers.generation import Answer
+from glm4_helpers.held_out import read_free_text, read_held_out, read_plain, train_and_dev, training_overlap
 from glm4_helpers.profiles import get_profile, profile_settings
-from glm4_helpers.runs.rows import train_and_dev
+from glm4_helpers.support.errors import DataError, ModelError, SettingError
 
 EDGE_TEMPLATE = "{% for item in messages %}<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}<|assistant|>"
 FRUIT = {
@@ -244,14 +241,14 @@ def course(free_text_course, monkeypatch):
 
 def spy_on_loading(monkeypatch):
     loaded = []
-    load = evaluation.load_base_model
+    load = models.load_base_model
 
     def spy(profile, dtype=None):
         model = load(profile, dtype)
         loaded.append((Path(profile.base_model).name, model.dtype))
         return model
 
-    monkeypatch.setattr(evaluation, "load_base_model", spy)
+    monkeypatch.setattr(models, "load_base_model", spy)
     return loaded
 
 
@@ -353,7 +350,7 @@ def test_the_chat_model_to_compare_with_is_a_setting_of_the_profile(course):
 
 def test_answers_and_loss_have_batches_of_their_own(course, monkeypatch):
     sizes = {"answers": [], "loss": []}
-    answer, loss = evaluation.answers, evaluation.assistant_token_loss
+    answer, loss = generation.answers, evaluation.assistant_token_loss
 
     def spy_answers(*arguments, batch_size, **keywords):
         sizes["answers"].append(batch_size)
@@ -363,7 +360,7 @@ def test_answers_and_loss_have_batches_of_their_own(course, monkeypatch):
         sizes["loss"].append(batch_size)
         return loss(model, tokenizer, conversations, batch_size, terminator)
 
-    monkeypatch.setattr(evaluation, "answers", spy_answers)
+    monkeypatch.setattr(generation, "answers", spy_answers)
     monkeypatch.setattr(evaluation, "assistant_token_loss", spy_loss)
     before_after(free_text_profile(), course / "adapter", row_count=3)
     assert sizes == {"answers": [32, 32], "loss": [4, 4]}
@@ -450,7 +447,7 @@ def test_a_long_accepted_answer_is_not_cut(monkeypatch, nano_model, nano_tokeniz
         limits.append((max_new_tokens, len(wanted)))
         return [Answer("", True, 0)] * len(wanted)
 
-    monkeypatch.setattr(evaluation, "answers", spy)
+    monkeypatch.setattr(generation, "answers", spy)
     long = {"instruction": "好？", "output": "好。", "check": {"type": "one_of", "answers": ["好。", "好" * 70]}}
     evaluate_rows(nano_model, nano_tokenizer, [MINE[0], long, MINE[1]], max_new_tokens=150)
     assert limits == [(64, 1), (150, 2)]
@@ -515,8 +512,8 @@ def test_glm4_nano_is_scored_in_float32(monkeypatch, tmp_path):
         seen.append(dtype)
         raise ModelError("far enough", "none")
 
-    monkeypatch.setattr(evaluation, "load_base_model", stop)
-    monkeypatch.setattr(evaluation, "check_adapter", lambda *_: None)
+    monkeypatch.setattr(models, "load_base_model", stop)
+    monkeypatch.setattr(adapters, "check_adapter", lambda *_: None)
     with pytest.raises(ModelError, match="far enough"):
         before_after(get_profile("glm4-nano"), tmp_path)
     assert seen == [torch.float32]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from glm4_helpers.exercises import NOT_ATTEMPTED, RIGHT, WRONG, Outcome, check, judge, write_metrics
+from glm4_helpers.notebook import NOT_ATTEMPTED, RIGHT, WRONG, Outcome, check, judge, write_metrics
 
 
 def do_nothing(text):

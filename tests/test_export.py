@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from optional_packages import transformers_4
+from safetensors.torch import load_file, save_file
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from glm4_helpers import chat_format, export, models, training
-from glm4_helpers.__main__ import main
-from glm4_helpers.errors import MachineError, ModelError
+from glm4_helpers import chat_format, models, training
+from glm4_helpers.checks import adapters, chat_template, weights
+from glm4_helpers.cli import export
+from glm4_helpers.cli.main import main
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.support.errors import MachineError, ModelError
 
 ROOT = Path(__file__).parent.parent
 NANO = ROOT / "weights" / "glm4-nano"
@@ -37,7 +39,7 @@ def save_adapter(profile, folder, size, seed=0):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=size)
     model.save_pretrained(folder)
-    models.save_adapter_facts(folder, profile)
+    adapters.save_adapter_facts(folder, profile)
     return folder
 
 
@@ -89,7 +91,7 @@ def test_the_exported_model_answers_as_base_and_adapter(exported):
 
 def in_one_rounding(base, adapter_dir, scale):
     """weight + scale x B A in float32, rounded to bfloat16 once."""
-    lora = models.lora_tensors(adapter_dir)
+    lora = adapters.lora_tensors(adapter_dir)
     merged = {}
     for name, weight in saved_weights(base).items():
         module = name.removesuffix(".weight")
@@ -111,7 +113,7 @@ def test_the_merge_is_rounded_once_whatever_the_adapters_dtype(course, tmp_path,
     file = adapter / "adapter_model.safetensors"
     save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
     export.export(profile, adapter, tmp_path / "merged")
-    wanted = in_one_rounding(models.base_folder(profile), adapter, profile.lora.alpha / profile.lora.r)
+    wanted = in_one_rounding(weights.base_folder(profile), adapter, profile.lora.alpha / profile.lora.r)
     found = saved_weights(tmp_path / "merged")
     assert found.keys() == wanted.keys()
     assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
@@ -122,8 +124,8 @@ def test_tokenizer_template_and_stop_ids_stand_alone(exported):
     folder = exported[0]
     tokenizer = models.load_tokenizer(get_profile("glm4-nano"))
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == chat_format.stop_ids(tokenizer)
-    assert str(chat_format.stop_ids(tokenizer)[1]) in (folder / "README.md").read_text(encoding="utf-8")
+    assert generation["eos_token_id"] == chat_template.stop_ids(tokenizer)
+    assert str(chat_template.stop_ids(tokenizer)[1]) in (folder / "README.md").read_text(encoding="utf-8")
     alone = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "你好"}]
     ids = alone.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -139,7 +141,7 @@ def test_the_tokenizers_settings_are_those_that_transformers_4_reads(folder, req
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not {"extra_special_tokens", "backend", "is_local", "local_files_only"} & set(settings)
-    assert set(settings["additional_special_tokens"]) == set(chat_format.SPECIAL_TOKENS) - {"<|endoftext|>"}
+    assert set(settings["additional_special_tokens"]) == set(chat_template.SPECIAL_TOKENS) - {"<|endoftext|>"}
 
 
 @pytest.fixture
@@ -401,7 +403,7 @@ def test_transformers_serve_answers_in_the_trained_format(trained, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "nano", dtype=torch.float32).eval()
     wanted = answers(model, AutoTokenizer.from_pretrained(tmp_path / "nano"), [messages], max_new_tokens=24)[0]
     text = wanted.text
-    for token in chat_format.SPECIAL_TOKENS:  # the server leaves them out
+    for token in chat_template.SPECIAL_TOKENS:  # the server leaves them out
         text = text.replace(token, "")
     assert answer["choices"][0]["message"]["content"].strip() == text.strip()
 

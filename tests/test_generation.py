@@ -8,10 +8,6 @@ from functools import cache
 
 import pytest
 import torch
-from glm4_helpers.chat_format import prompt_ids, stop_ids
-from glm4_helpers.errors import DataError, SettingError
-from glm4_helpers.generation import Answer, Sampling, _pieces, answers, continuations, fit_history, stream
-from glm4_helpers.tokenizer_building import glm4_tokenizer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -19,6 +15,12 @@ from tiny_models import CHARACTERS, tiny_glm, tiny_tokenizer, write_only
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import GenerationConfig
+
+from glm4_helpers.chat_format import prompt_ids
+from glm4_helpers.checks.chat_template import stop_ids
+from glm4_helpers.generation import Answer, Sampling, _pieces, answers, continuations, fit_history, stream
+from glm4_helpers.support.errors import DataError, SettingError
+from glm4_helpers.tokenizer_building import glm4_tokenizer
 
 
 @pytest.fixture(scope="module")

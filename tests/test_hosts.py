@@ -14,10 +14,11 @@ from cards import CARDS, STARTUP, install
 from test_launch import course, rows  # noqa: F401  a course folder with a tiny model
 from test_notebooks import execute, printed, small_course  # noqa: F401
 
-from glm4_helpers import __main__ as command_line
-from glm4_helpers import environment, exercises, models, training
-from glm4_helpers.errors import MachineError, SettingError
+from glm4_helpers import models, notebook, training
+from glm4_helpers.cli import main as command_line
+from glm4_helpers.machine import doctor, gpus, hardware
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.support.errors import MachineError, SettingError
 
 ROOT = Path(__file__).parent.parent
 PIP = "python -m pip install torch==2.13.0"
@@ -39,7 +40,7 @@ def driver(monkeypatch):
 
     def give(version, *names):
         capabilities = tuple(float("{}.{}".format(*CARDS[name].capability)) for name in names)
-        monkeypatch.setattr(environment, "_nvidia", lambda: (version, capabilities))
+        monkeypatch.setattr(hardware, "nvidia_driver", lambda: (version, capabilities))
 
     return give
 
@@ -69,7 +70,7 @@ def test_the_dtype_follows_a_rule_that_is_said(cards, card, dtype, reason):
         cards(card)
     assert models.resolve_dtype("auto") == dtype
     assert models.dtype_reason("auto") == reason
-    assert models.native_bfloat16() == (dtype == torch.bfloat16)
+    assert gpus.native_bfloat16() == (dtype == torch.bfloat16)
 
 
 def test_a_chosen_dtype_stays(cards):
@@ -139,7 +140,7 @@ def test_a_v100_needs_another_build_of_torch(cards, driver):
      (86, "sm_80 sm_90a", True), (75, "sm_80", False)],
 )  # fmt: skip
 def test_a_build_runs_on_cards_of_its_generation_and_by_ptx_on_later_ones(capability, built, runs):
-    assert environment._in_build(capability, built.split()) == runs
+    assert hardware._in_build(capability, built.split()) == runs
 
 
 # Several GPUs
@@ -147,29 +148,29 @@ def test_a_build_runs_on_cards_of_its_generation_and_by_ptx_on_later_ones(capabi
 
 def test_of_several_gpus_the_first_visible_one_is_used(cards, monkeypatch, capsys):
     cards("T4", "T4")
-    environment.use_one_gpu()
+    gpus.use_one_gpu()
     assert (os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.device_count()) == ("0", 1)
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and "accelerate launch --config_file configs/ddp.yaml --num_processes 2" in line
-    environment.use_one_gpu()
+    gpus.use_one_gpu()
     assert capsys.readouterr().out == "", "said once"
 
 
 def test_a_choice_of_gpus_is_narrowed_to_its_first(cards, monkeypatch):
     cards("T4", "T4", "L4", "L4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
-    environment.use_one_gpu()
+    gpus.use_one_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
     assert torch.cuda.get_device_name() == "NVIDIA L4"
 
 
 def test_one_gpu_and_a_launched_process_stay_as_they_are(cards, monkeypatch, capsys):
     cards("L4")
-    environment.use_one_gpu()
+    gpus.use_one_gpu()
     cards("L4", "L4")
     for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    environment.use_one_gpu()
+    gpus.use_one_gpu()
     assert "CUDA_VISIBLE_DEVICES" not in os.environ and capsys.readouterr().out == ""
     assert torch.cuda.device_count() == 2
 
@@ -184,8 +185,8 @@ def test_where_cuda_runs_with_several_already_training_is_refused(cards, ask):
 
 def test_notebooks_take_one_gpu_before_anything_asks_for_it(cards, monkeypatch, capsys):
     cards("T4", "T4")
-    exercises.prepare_notebook()
-    assert environment.machine().gpus == (environment.Gpu("Tesla T4", 14.7, bfloat16=False),)
+    notebook.prepare_notebook()
+    assert hardware.this_machine().gpus == (hardware.Gpu("Tesla T4", 14.7, bfloat16=False),)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_leftovers_of_a_pod_silence_no_command(monkeypatch, capsys, left):
 
 
 def test_a_leftover_rank_does_not_choose_the_gpu(cards, monkeypatch):
-    chosen = models.default_device
+    chosen = gpus.default_device
     cards("L4", "L4")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert chosen() == torch.device("cuda", 0)
@@ -237,7 +238,7 @@ def test_a_leftover_rank_does_not_choose_the_gpu(cards, monkeypatch):
 
 
 def found(name, check="GPU"):
-    report = environment.doctor(get_profile(name))
+    report = doctor.doctor(get_profile(name))
     return next(line for line in report.checks if line.name == check)
 
 
@@ -245,7 +246,7 @@ def test_the_doctor_says_of_a_t4_what_loading_says(cards):
     cards("T4")
     assert found("glm4-nano").ok and found("glm4-nano").found == "Tesla T4 (15 GiB); bfloat16 only emulated"
     for name in LARGE:
-        assert not found(name).ok and found(name).fix == environment.BFLOAT16_FIX
+        assert not found(name).ok and found(name).fix == gpus.BFLOAT16_FIX
 
 
 @pytest.mark.parametrize(("card", "fits"), [("A4000", "glm-4-9b-qlora"), ("L4", "glm-4-9b-lora")])
@@ -283,7 +284,7 @@ def test_the_doctor_finds_a_v100_left_out_of_the_build(cards, driver):
 )
 def test_a_torch_that_can_not_use_the_driver_gets_one_line(driver, monkeypatch, version, card, fix):
     """A CPU build beside a GPU, or a build for a newer driver: torch then sees no GPU."""
-    monkeypatch.setattr(environment, "_gpus", lambda: ())
+    monkeypatch.setattr(hardware, "_gpus", lambda: ())
     driver(version, card)
     assert found("glm-4-9b-lora", "driver").fix.startswith(fix)
     assert found("glm-4-9b-lora").fix.startswith(fix)
@@ -316,11 +317,11 @@ def test_the_doctor_names_the_index_that_fits_where_all_is_well(cards, driver):
      ("525.60.13", (7.5,), "cu126"), ("575.57.08", (12.0,), None), ("470.1", (8.0,), None), ("590.1", (), "cu130")],
 )  # fmt: skip
 def test_the_index_fits_driver_and_cards(version, capabilities, index):
-    assert environment.torch_index(version, capabilities) == index
+    assert gpus.torch_index(version, capabilities) == index
 
 
 def test_the_pip_line_has_the_pinned_torch():
-    assert f"torch=={environment.TORCH}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"torch=={gpus.TORCH}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -333,9 +334,9 @@ def test_the_pip_line_has_the_pinned_torch():
     ],
 )
 def test_the_driver_is_read_from_its_tool_or_from_the_kernel(monkeypatch, told, kernel, expected):
-    monkeypatch.setattr(environment, "_output_of", lambda *command: told)
-    monkeypatch.setattr(environment, "_text", lambda path: kernel)
-    assert environment._nvidia() == expected
+    monkeypatch.setattr(hardware, "_output_of", lambda *command: told)
+    monkeypatch.setattr(hardware, "_text", lambda path: kernel)
+    assert hardware.nvidia_driver() == expected
 
 
 def test_jupyter_is_allowed_to_run_as_root_only_for_root(tmp_path):

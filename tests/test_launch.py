@@ -179,7 +179,8 @@ def test_a_misspelt_key_in_a_yaml_is_refused(course, tmp_path):
 @pytest.mark.parametrize("file", sorted([*CONFIGS.glob("*.yaml"), *ON_CPU.glob("*.yaml")]), ids=lambda file: file.name)
 def test_every_config_is_one_that_its_reader_takes(file):
     if file.name.startswith("train_"):
-        from glm4_helpers.profiles import get_profile, settings_from_yaml
+        from glm4_helpers.cli.settings import settings_from_yaml
+        from glm4_helpers.profiles import get_profile
 
         assert get_profile(**settings_from_yaml(file))
         return

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cpu_memory
-from glm4_helpers import environment, memory
-from glm4_helpers.__main__ import main
-from glm4_helpers.errors import MachineError, ModelError, SettingError
-from glm4_helpers.profiles import get_profile, settings_from_yaml
+from glm4_helpers.checks import shapes
+from glm4_helpers.cli.main import main
+from glm4_helpers.cli.settings import settings_from_yaml
+from glm4_helpers.machine import gpus, memory, room
+from glm4_helpers.profiles import get_profile
+from glm4_helpers.support.errors import MachineError, ModelError, SettingError
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,19 +27,17 @@ def _empty_course(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", REAL)
 def test_counted_parameters_are_those_of_the_model(name):
-    from glm4_helpers import models
 
     profile = get_profile(name)
-    model = models.meta_model(profile)
+    model = shapes.meta_model(profile)
     assert memory.shape_of(model.config).parameters == sum(weight.numel() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_published_shapes_are_those_of_the_configs(name):
-    from glm4_helpers import models
 
     profile = get_profile(name)
-    assert memory.published_shape(profile) == memory.shape_of(models.model_config(profile))
+    assert memory.published_shape(profile) == memory.shape_of(shapes.model_config(profile))
 
 
 def test_a_model_of_unknown_shape_is_refused():
@@ -49,10 +49,10 @@ def test_a_model_of_unknown_shape_is_refused():
 def test_counted_adapter_is_the_one_that_peft_builds(name):
     from peft import get_peft_model
 
-    from glm4_helpers import models, training
+    from glm4_helpers import training
 
     profile = get_profile(name)
-    model = get_peft_model(models.meta_model(profile), training.lora_config(profile), low_cpu_mem_usage=True)
+    model = get_peft_model(shapes.meta_model(profile), training.lora_config(profile), low_cpu_mem_usage=True)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert memory.lora_parameters(memory.shape_of(model.config), profile) == trained
 
@@ -133,7 +133,7 @@ def test_activations_are_what_autograd_keeps_of_a_layer(kind, device, batch, cha
 
 
 def test_the_9b_has_the_published_weights():
-    parts = memory.estimate(get_profile("glm-4-9b-lora")).by_part()
+    parts = memory.estimate_memory(get_profile("glm-4-9b-lora")).by_part()
     assert parts["weights"] == 2 * 9_399_951_360
     assert parts["adapter"] == 4 * 5_406_720
     assert parts["optimizer"] == 2 * parts["gradients"] == 8 * 5_406_720
@@ -153,14 +153,14 @@ def test_of_mapped_weights_the_embedding_table_is_not_resident():
 def test_double_quantization_takes_the_published_bits():
     profile = get_profile("glm-4-9b-qlora")
     linear = memory.shape_of(small_config()).linear
-    parts = memory.estimate(profile, config=small_config()).by_part()
+    parts = memory.estimate_memory(profile, config=small_config()).by_part()
     assert 8 * parts["quantization constants"] / linear == pytest.approx(0.127, abs=0.001)
 
 
 def test_zero_divides_what_its_stage_names():
     profile = get_profile("glm-4-9b-full")
     stages = [
-        memory.estimate(profile, memory.setting_of(profile, gpus=8, zero_stage=stage)).by_part() for stage in (1, 2, 3)
+        memory.estimate_memory(profile, memory.setting_of(profile, gpus=8, zero_stage=stage)).by_part() for stage in (1, 2, 3)
     ]
     count = 9_399_951_360
     assert [parts["weights"] for parts in stages] == [2 * count, 2 * count, count // 4]
@@ -175,16 +175,16 @@ def test_zero_divides_what_its_stage_names():
 def test_deepspeed_s_step_takes_its_gradients_twice_more(stage, gpus, elements):
     """Copied into one bfloat16 array and into float32: a sub-group of 1e9 with ZeRO-3, else all that a GPU has."""
     profile = get_profile("glm-4-9b-full")
-    parts = memory.estimate(profile, memory.setting_of(profile, gpus=gpus, zero_stage=stage)).by_part()
+    parts = memory.estimate_memory(profile, memory.setting_of(profile, gpus=gpus, zero_stage=stage)).by_part()
     backward = sum(parts.get(name, 0) for name in ("activations", "logits", "a layer beyond logits"))
     assert backward + parts.get("a step beyond backward", 0) == max(backward, 6 * elements)
-    assert "a step beyond backward" not in memory.estimate(profile).by_part()
+    assert "a step beyond backward" not in memory.estimate_memory(profile).by_part()
 
 
 def test_without_triton_the_logits_are_copied():
     profile = get_profile("glm-4-9b-lora")
     with_it, without = (
-        memory.estimate(profile, memory.setting_of(profile, triton=each)).by_part() for each in (True, False)
+        memory.estimate_memory(profile, memory.setting_of(profile, triton=each)).by_part() for each in (True, False)
     )
     assert without["logits"] - with_it["logits"] == 1024 * 32_768 * 29
 
@@ -210,15 +210,14 @@ def test_joined_rows_are_counted_as_they_are():
 
 def test_the_setting_for_80_gb_cards_fits_one(tmp_path, monkeypatch):
     """16 rows without checkpointing: 16 of the longest would not fit, but they never meet."""
-    from glm4_helpers import models
 
     profile = get_profile(**settings_from_yaml(ROOT / "configs" / "train_9b_80gb.yaml"))
-    assert memory.estimate(profile).total_gib > 79
-    monkeypatch.setattr(models, "default_device", lambda: types.SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(environment, "_free_gib", lambda: 78.5)
-    environment.require_room(profile, tmp_path, published_lengths())
+    assert memory.estimate_memory(profile).total_gib > 79
+    monkeypatch.setattr(gpus, "default_device", lambda: types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(room, "_free_gib", lambda: 78.5)
+    room.require_room(profile, tmp_path, published_lengths())
     with pytest.raises(MachineError, match="78.5 GiB are there"):
-        environment.require_room(profile, tmp_path, [512] * 42_000)
+        room.require_room(profile, tmp_path, [512] * 42_000)
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
@@ -227,7 +226,7 @@ def test_the_figures_of_the_pages_are_those_of_the_calculator(page):
     for name in REAL:
         profile = get_profile(name)
         for setting in [{}] if profile.lora else [{}, {"gpus": 4, "zero_stage": 3}]:
-            total = memory.estimate(profile, memory.setting_of(profile, **setting)).total_gib
+            total = memory.estimate_memory(profile, memory.setting_of(profile, **setting)).total_gib
             rows = [
                 line
                 for line in text.splitlines()
@@ -241,7 +240,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(gib):
     profile = get_profile("glm-4-9b-lora")
     batch = memory.largest_batch(profile, gib)
     assert batch >= 1
-    fits, fails = (memory.estimate(profile, memory.setting_of(profile, batch_size=size)) for size in (batch, batch + 1))
+    fits, fails = (memory.estimate_memory(profile, memory.setting_of(profile, batch_size=size)) for size in (batch, batch + 1))
     assert fits.total_gib <= gib < fails.total_gib
 
 
@@ -255,7 +254,7 @@ def test_the_nearest_setting_keeps_what_it_can():
     profile = get_profile("glm-4-9b-lora", **{"training.gradient_checkpointing": False})
     near = memory.nearest_fit(profile, 24)
     assert near.length == 512 and near.quantization is None
-    assert memory.estimate(profile, near).total_gib <= 24
+    assert memory.estimate_memory(profile, near).total_gib <= 24
 
 
 def test_no_setting_at_all_is_said():
@@ -284,5 +283,5 @@ def test_the_command_prints_json(capsys):
 
 def test_every_part_names_its_formula_and_source():
     for name in REAL:
-        for part in memory.estimate(get_profile(name)).parts:
+        for part in memory.estimate_memory(get_profile(name)).parts:
             assert part.formula and part.source

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from glm4_helpers import models, training
-from glm4_helpers.chat_format import stop_ids
-from glm4_helpers.errors import ModelError, SettingError
-from glm4_helpers.generation import answers
-from glm4_helpers.profiles import get_profile
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig
+
+from glm4_helpers import models, training
+from glm4_helpers.checks import adapters, shapes, weights
+from glm4_helpers.checks.chat_template import stop_ids
+from glm4_helpers.generation import answers
+from glm4_helpers.profiles import get_profile
+from glm4_helpers.support.errors import ModelError, SettingError
 
 TARGETS = ("q_proj", "k_proj", "v_proj")
 ROOT = Path(__file__).parent.parent
@@ -42,7 +44,7 @@ def make_adapter(profile, folder, targets=TARGETS, live=True, facts=True):
     config = LoraConfig(r=4, lora_alpha=32, target_modules=list(targets), init_lora_weights=not live, task_type="CAUSAL_LM")
     get_peft_model(models.load_base_model(profile, "float32"), config).save_pretrained(folder)
     if facts:
-        models.save_adapter_facts(folder, profile)
+        adapters.save_adapter_facts(folder, profile)
     return folder
 
 
@@ -209,15 +211,15 @@ def test_an_absent_tokenizer_is_named(profile, tmp_path):
 
 def test_the_fingerprint_changes_with_weights_and_shape_only(profile, tmp_path):
     folder = tmp_path / "weights" / "tiny"
-    first = models.base_fingerprint(folder)
+    first = weights.base_fingerprint(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9", "eos_token_id": 1}))
-    assert models.base_fingerprint(folder) == first
+    assert weights.base_fingerprint(folder) == first
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    assert models.base_fingerprint(folder) != first
+    assert weights.base_fingerprint(folder) != first
     tokenizer = tiny_tokenizer()
     save_model(folder, tiny_glm(tokenizer, seed=7), tokenizer)
-    assert models.base_fingerprint(folder) != first
+    assert weights.base_fingerprint(folder) != first
 
 
 def as_transformers_4_writes_it(config):
@@ -232,11 +234,11 @@ def test_the_fingerprint_is_the_same_whichever_transformers_wrote_the_config(pro
     """The old keys may also lie beside the new ones. Another rotary base or share is another model."""
     folder = tmp_path / "weights" / "tiny"
     config = json.loads((folder / "config.json").read_text())
-    first = models.base_fingerprint(folder)
+    first = weights.base_fingerprint(folder)
 
     def after(changed):
         (folder / "config.json").write_text(json.dumps(changed))
-        return models.base_fingerprint(folder)
+        return weights.base_fingerprint(folder)
 
     older = as_transformers_4_writes_it(config)
     assert after(older) == after({**older, **config}) == first
@@ -246,7 +248,7 @@ def test_the_fingerprint_is_the_same_whichever_transformers_wrote_the_config(pro
 
 
 def test_the_fingerprint_of_nano_is_that_of_adapters_made_before():
-    assert models.base_fingerprint(ROOT / "weights" / "glm4-nano") == "edf48fbe2b9ebdd8"
+    assert weights.base_fingerprint(ROOT / "weights" / "glm4-nano") == "edf48fbe2b9ebdd8"
 
 
 # Adapters
@@ -374,59 +376,59 @@ def test_a_second_adapter_is_refused_until_the_first_is_off(profile, adapter):
 
 
 def test_the_meta_model_of_glm_4_9b_has_its_published_size(profile):
-    model = models.meta_model(get_profile("glm-4-9b-lora"))
-    assert models.parameter_table(model)[-1]["parameters"] == 9_399_951_360
+    model = shapes.meta_model(get_profile("glm-4-9b-lora"))
+    assert shapes.parameter_table(model)[-1]["parameters"] == 9_399_951_360
     assert next(model.parameters()).device.type == "meta"
 
 
 def test_lora_on_attention_of_9b_has_its_published_size():
-    model = models.meta_model(GlmConfig())
-    assert len(models.check_target_modules(model, TARGETS)) == 120
+    model = shapes.meta_model(GlmConfig())
+    assert len(adapters.check_target_modules(model, TARGETS)) == 120
     model = get_peft_model(model, LoraConfig(r=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
-    rows = {row["part"]: row for row in models.parameter_table(model)}
+    rows = {row["part"]: row for row in shapes.parameter_table(model)}
     assert rows["adapter"]["parameters"] == rows["total"]["trainable"] == 5_406_720
     assert rows["adapter"]["share"] == pytest.approx(0.000575, rel=2e-3)
     assert rows["total"]["parameters"] == 9_399_951_360 + 5_406_720
 
 
 def test_the_refresh_of_april_2025_has_an_architecture_of_its_own(profile):
-    assert type(models.meta_model(get_profile("glm-4-9b-0414"))).__name__ == "Glm4ForCausalLM"
-    assert models.check_target_modules(models.meta_model(Glm4Config()), TARGETS)
+    assert type(shapes.meta_model(get_profile("glm-4-9b-0414"))).__name__ == "Glm4ForCausalLM"
+    assert adapters.check_target_modules(shapes.meta_model(Glm4Config()), TARGETS)
 
 
 def test_a_shape_that_is_not_known_is_refused(profile):
     with pytest.raises(ModelError, match=r"no config\.json"):
-        models.meta_model(get_profile("glm4-nano", base_model="weights/unknown"))
+        shapes.meta_model(get_profile("glm4-nano", base_model="weights/unknown"))
 
 
 def test_gate_and_up_projections_match_nothing_and_are_refused():
     with pytest.raises(ModelError, match="gate_proj, up_proj") as raised:
-        models.check_target_modules(models.meta_model(GlmConfig()), ["q_proj", "gate_proj", "up_proj"])
+        adapters.check_target_modules(shapes.meta_model(GlmConfig()), ["q_proj", "gate_proj", "up_proj"])
     assert "q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj" in raised.value.fix
 
 
 @pytest.mark.parametrize("targets", [[], None])
 def test_no_targets_are_refused(targets):
     with pytest.raises(ModelError, match="nothing"):
-        models.check_target_modules(tiny_glm(tiny_tokenizer()), targets)
+        adapters.check_target_modules(tiny_glm(tiny_tokenizer()), targets)
 
 
 def test_the_parameter_table_adds_up():
     model = tiny_glm(tiny_tokenizer())
-    rows = models.parameter_table(model)
+    rows = shapes.parameter_table(model)
     assert [row["part"] for row in rows] == ["embeddings", "attention", "mlp", "norms", "lm_head", "total"]
     assert sum(row["parameters"] for row in rows[:-1]) == rows[-1]["parameters"] == model.num_parameters()
     assert rows[0]["parameters"] == model.config.vocab_size * 32
 
 
 def test_the_structure_shows_each_layer_once_with_shapes_and_lora():
-    model = models.meta_model(GlmConfig())
-    text = models.structure(model)
+    model = shapes.meta_model(GlmConfig())
+    text = shapes.structure(model)
     assert "layers x 40" in text
     assert text.count("q_proj  4096 -> 4096, bias") == 1
     assert "gate_up_proj  4096 -> 27392" in text
     assert "embed_tokens  Embedding, 151552 x 4096" in text
     model = get_peft_model(model, LoraConfig(r=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
-    adapted = models.structure(model)
+    adapted = shapes.structure(model)
     assert "k_proj  4096 -> 256, bias  + LoRA r=8 (34,816 parameters)" in adapted
     assert len(adapted.splitlines()) == len(text.splitlines())

@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glm4_helpers.chat_format import SPECIAL_TOKENS
-from glm4_helpers.errors import ModelError
-from glm4_helpers.evaluation import cloze_accuracy, plain_questions_accuracy, read_plain
+from glm4_helpers.checks.chat_template import SPECIAL_TOKENS
+from glm4_helpers.evaluation import cloze_accuracy, plain_questions_accuracy
+from glm4_helpers.held_out import read_plain
+from glm4_helpers.support.errors import ModelError
 from nano import pretrain as nano
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "glm4-nano"

@@ -14,10 +14,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from glm4_helpers import __main__ as command_line
-from glm4_helpers.commands import course
-from glm4_helpers.datasets import read_rows
-from glm4_helpers.errors import CourseError, SettingError
+from glm4_helpers.cli import main as command_line
+from glm4_helpers.cli.commands import course
+from glm4_helpers.data import read_rows
+from glm4_helpers.support.errors import CourseError, SettingError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"

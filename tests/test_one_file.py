@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm4_helpers import evaluation, get_profile
+from glm4_helpers import evaluation, get_profile, held_out
 from glm4_helpers.chat_format import encode
-from glm4_helpers.datasets import encode_rows, load_messages, read_rows, to_messages
+from glm4_helpers.data import encode_rows, load_messages, read_rows, to_messages
 from glm4_helpers.generation import Answer
 from glm4_helpers.training import lora_config, sft_config
 
@@ -51,7 +51,7 @@ def test_needs_nothing_of_the_course_and_can_be_read_at_one_sitting():
     assert len([line for line in source.splitlines() if line.strip()]) <= 150
 
 
-@pytest.mark.parametrize("name", ["train", *(f"test/{name}" for name in evaluation.SET_NAMES)])
+@pytest.mark.parametrize("name", ["train", *(f"test/{name}" for name in held_out.SET_NAMES)])
 def test_encodes_as_the_helpers_do(one_file, nano_tokenizer, name):
     rows = one_file.read(name, 300)
     assert len(rows) >= 250
@@ -72,7 +72,7 @@ def test_no_row_is_long_enough_to_be_dropped(nano_tokenizer):
     assert len(encode_rows(nano_tokenizer, rows, profile.training.max_length)) == len(rows)
 
 
-@pytest.mark.parametrize("name", evaluation.SET_NAMES)
+@pytest.mark.parametrize("name", held_out.SET_NAMES)
 def test_calls_the_same_answers_right(one_file, name):
     """Right ones, near misses, and answers that were cut off; also what only looks different."""
     for row in read_rows(ROOT / "data" / "test" / f"{name}.json"):
@@ -98,7 +98,7 @@ def test_its_intervals_are_those_of_the_course(one_file, right, total):
 
 
 def test_gives_the_answers_of_the_helpers(one_file, nano_tokenizer, nano_model):
-    rows = [row for name in evaluation.SET_NAMES for row in one_file.read(f"test/{name}", 3)]
+    rows = [row for name in held_out.SET_NAMES for row in one_file.read(f"test/{name}", 3)]
     scored = evaluation.evaluate_rows(nano_model, nano_tokenizer, rows)
     given = one_file.answer(nano_model, nano_tokenizer, rows, batch_size=5)
     assert given == [{"text": answer["answer"], "stopped": answer["stopped"]} for answer in scored.answers]
@@ -115,13 +115,13 @@ def test_trains_with_the_profile_settings_and_prints_the_comparison(tmp_path):
     command = [sys.executable, script, "--rows", "12", "--steps", "30"]
     finished = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
     assert finished.returncode == 0, finished.stderr
-    table = [line for line in finished.stdout.splitlines() if line.startswith((*evaluation.SET_NAMES, "stop rate"))]
+    table = [line for line in finished.stdout.splitlines() if line.startswith((*held_out.SET_NAMES, "stop rate"))]
     assert len(table) == 5 and all(re.search(r"\d%.*\d%", line) for line in table)
 
     output = tmp_path / "outputs" / "one_file"
     answers = json.loads((output / "answers.json").read_text(encoding="utf-8"))
     for side, column in (("before", 0), ("after", 1)):
-        for name, line in zip(evaluation.SET_NAMES, table):
+        for name, line in zip(held_out.SET_NAMES, table):
             rows = read_rows(ROOT / "data" / "test" / f"{name}.json")
             rows = rows[:: len(rows) // 12][:12]
             given = [Answer(answer["text"], answer["stopped"], 0) for answer in answers[side][name]]

@@ -22,11 +22,12 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glm4_helpers import datasets as data
+from glm4_helpers import data
 from glm4_helpers.chat_format import IGNORE, encode, prompt_ids
-from glm4_helpers.commands import parse_setting
-from glm4_helpers.errors import CourseError, DataError, MachineError, SettingError
+from glm4_helpers.cli.commands import parse_setting
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.rows import files, report
+from glm4_helpers.support.errors import CourseError, DataError, MachineError, SettingError
 
 FIELD = ROOT.parent / "shared" / "data" / "field"
 """Files after public bug reports, where they were laid beside the clone."""
@@ -203,7 +204,7 @@ def outcome(tokenizer, source):
         _, counts = data.encode_and_count(tokenizer, dataset, 512)
     except CourseError as error:
         return "", 0, 0, str(error)
-    return ", ".join(found["shapes"]), counts["kept"], found["masked_turns"], data.rows_report(dataset, found)
+    return ", ".join(found["shapes"]), counts["kept"], found["masked_turns"], report.rows_report(dataset, found)
 
 
 def shown(name, shapes, kept, masked, says, folder):
@@ -298,7 +299,7 @@ def test_configuration_and_split_of_a_hub_set_are_named_behind_its_id(tmp_path, 
     with pytest.raises(DataError, match="Config name is missing.*'zh'") as caught:
         data.load_messages("owner/set")
     assert "owner/name:configuration" in caught.value.fix
-    assert data.local_copy("owner/set:zh").name == "set-zh.json"
+    assert files.local_copy("owner/set:zh").name == "set-zh.json"
 
 
 def test_excel_is_read_where_openpyxl_is_installed(tmp_path, monkeypatch):
@@ -340,7 +341,7 @@ def test_columns_of_other_names_get_a_meaning(tmp_path, caplog):
     profile = get_profile(**{key: value, "train_data": str(tmp_path / "mine.csv")})
     dataset, found = data.profile_rows(profile, "train_data")
     assert dataset["messages"][0][1]["content"] == "你好！"
-    assert data.rows_report(dataset, found).splitlines()[1:] == ["ignored: column 来源 (1)"]
+    assert report.rows_report(dataset, found).splitlines()[1:] == ["ignored: column 来源 (1)"]
     data.load_messages(tmp_path / "mine.csv", {**value, "问提": "system"})
     assert "no row has the column 问提" in caplog.text
     with pytest.raises(SettingError, match="'问题' the unknown meaning 'instructon'"):
@@ -360,7 +361,7 @@ def test_bad_rows_are_counted_and_can_be_left_out(tmp_path):
     assert "--set skip_bad_rows=true" in caught.value.fix
     profile = get_profile(skip_bad_rows=True, train_data=str(tmp_path / "rows.jsonl"))
     dataset, found = data.profile_rows(profile, "train_data")
-    said = data.rows_report(dataset, found)
+    said = report.rows_report(dataset, found)
     assert len(dataset) == 2 and "rows left out: 2, the column 'output' is missing" in said and "row 5 (line 5)" in said
     with pytest.raises(DataError, match="1 of 1|row 1") as caught:
         data.load_messages(_written(tmp_path / "all.json", [{"instruction": "a"}]), skip_bad=True)
@@ -376,7 +377,7 @@ def test_the_report_tells_copies_near_copies_and_rows_that_judge_themselves(tmp_
     rows = [ALPACA, ALPACA, {**ALPACA, "output": "Ａpple "}, {**ALPACA, "input": "梨", "output": "pear"}]
     dataset, found = data.load_and_count(_written(tmp_path / "rows.json", rows))
     dev = data.load_messages(_written(tmp_path / "dev.json", [{**ALPACA, "output": "apple。"}, {**ALPACA, "input": "桃"}]))
-    said = data.rows_report(dataset, found, {"dev rows": dev}).splitlines()
+    said = report.rows_report(dataset, found, {"dev rows": dev}).splitlines()
     assert said == [
         "4 rows read (4 Alpaca)",
         "rows equal to an earlier one: 1",
@@ -387,7 +388,7 @@ def test_the_report_tells_copies_near_copies_and_rows_that_judge_themselves(tmp_
 
 def test_the_courses_own_rows_are_read_without_a_word(caplog):
     dataset, found = data.load_and_count(ROOT / "data" / "train.json")
-    assert found["rows"] == len(dataset) and not data._findings(found)
+    assert found["rows"] == len(dataset) and not report.findings(found)
 
 
 # Any content

@@ -8,8 +8,9 @@ from datasets import Dataset
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from glm4_helpers import models, training
+from glm4_helpers import training
 from glm4_helpers.chat_format import IGNORE
+from glm4_helpers.checks import shapes
 from glm4_helpers.profiles import get_profile
 
 LENGTHS = (9, 40, 23, 31)
@@ -28,7 +29,7 @@ class KeepGradients(TrainerCallback):
 def one_step(profile, padding_free, folder):
     """Loss and gradients of the stock trainer's first step, on the same weights and rows each time."""
     tokenizer = tiny_tokenizer()
-    config = models.model_config(profile)
+    config = shapes.model_config(profile)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 2, len(tokenizer), tokenizer.pad_token_id
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from glm4_helpers import paths
-from glm4_helpers.errors import CourseError, SettingError
+from glm4_helpers.support import paths
+from glm4_helpers.support.errors import CourseError, SettingError
 
 
 @pytest.fixture

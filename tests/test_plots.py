@@ -12,8 +12,9 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 
-from glm4_helpers import memory, plots
+from glm4_helpers import plots
 from glm4_helpers.evaluation import Rate
+from glm4_helpers.machine import memory
 from glm4_helpers.profiles import get_profile
 
 
@@ -162,7 +163,7 @@ def test_memory_in_gibibytes_or_mebibytes():
 
 
 def test_memory_shows_every_part_of_an_estimate_and_their_sum():
-    estimate = memory.estimate(get_profile("glm-4-9b-qlora"))
+    estimate = memory.estimate_memory(get_profile("glm-4-9b-qlora"))
     axis = plots.memory_figure({"QLoRA": estimate.by_part()}).axes[0]
     assert sum(bar.get_width() for bar in axis.patches) == pytest.approx(estimate.total_gib)
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in axis.patches}) == len(estimate.parts) > 7

@@ -12,10 +12,14 @@ import pytest
 from transformers import AutoConfig, Glm4Config, GlmConfig
 
 import glm4_helpers
-from glm4_helpers import __main__ as command_line
-from glm4_helpers import download, environment, evaluation, memory, models, profiles
-from glm4_helpers.errors import SettingError
-from glm4_helpers.profiles import changes_weights, get_profile, profile_names, profile_settings, settings_from_yaml
+from glm4_helpers import evaluation, profiles
+from glm4_helpers.checks import shapes
+from glm4_helpers.cli import download
+from glm4_helpers.cli import main as command_line
+from glm4_helpers.cli.settings import settings_from_yaml
+from glm4_helpers.machine import memory, room
+from glm4_helpers.profiles import changes_weights, get_profile, profile_names, profile_settings
+from glm4_helpers.support.errors import SettingError
 
 PACKAGE = Path(glm4_helpers.__file__).parent
 
@@ -97,12 +101,12 @@ def test_a_new_model_is_one_entry(tmp_path, monkeypatch):
 
     profile = get_profile("glm-small")
     assert profile == entry and "glm-small" in command_line.profile_lines()
-    counted = sum(weight.numel() for weight in models.meta_model(profile).parameters())
+    counted = sum(weight.numel() for weight in shapes.meta_model(profile).parameters())
     assert memory.published_shape(profile).parameters == counted < 10**9
     assert (
         0
-        < environment.needs(profile).gpu_memory_gib
-        < environment.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib / 4
+        < room.needs(profile).gpu_memory_gib
+        < room.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib / 4
     )
     assert evaluation.find_baseline(profile) == chat
     with pytest.raises(SettingError, match="old format") as refused:
@@ -224,10 +228,16 @@ def test_absent_yaml_is_said(tmp_path):
         settings_from_yaml(tmp_path / "gone.yaml")
 
 
-@pytest.mark.parametrize("name", sorted(glm4_helpers._NAMES))
+@pytest.mark.parametrize("name", sorted(glm4_helpers._HOMES))
 def test_every_lazy_name_is_defined_in_its_module(name):
-    tree = ast.parse((PACKAGE / f"{glm4_helpers._NAMES[name]}.py").read_text(encoding="utf-8"))
-    assert name in {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    home = PACKAGE.joinpath(*glm4_helpers._HOMES[name].split("."))
+    module = home / "__init__.py" if home.is_dir() else home.with_suffix(".py")
+    names = set()
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        names |= {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
+        names |= {target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)}
+        names |= {alias.name for alias in node.names} if home.is_dir() and isinstance(node, ast.ImportFrom) else set()
+    assert name in names
 
 
 def test_lazy_names_and_modules_resolve():
@@ -240,7 +250,7 @@ def test_lazy_names_and_modules_resolve():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys, glm4_helpers, glm4_helpers.profiles, glm4_helpers.chat_format, glm4_helpers.datasets\n"
+        "import sys, glm4_helpers, glm4_helpers.profiles, glm4_helpers.chat_format, glm4_helpers.data\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'swanlab', 'matplotlib', 'yaml'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

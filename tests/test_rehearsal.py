@@ -10,9 +10,11 @@ import torch
 from optional_packages import python_path
 
 from benchmarks import rehearse as rehearsal
-from glm4_helpers import chat_format, memory, models
-from glm4_helpers.errors import MachineError, SettingError
+from glm4_helpers import chat_format, models
+from glm4_helpers.checks import chat_template, weights
+from glm4_helpers.machine import memory
 from glm4_helpers.profiles import get_profile
+from glm4_helpers.support.errors import MachineError, SettingError
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def small(profile, **changes):
 def test_the_stand_in_tokenizer_has_the_true_ids(name):
     config = rehearsal.model_config(get_profile(name), 1)
     tokenizer = rehearsal.stand_in_tokenizer(config)
-    assert chat_format.stop_ids(tokenizer) == config.eos_token_id
+    assert chat_template.stop_ids(tokenizer) == config.eos_token_id
     assert len(tokenizer) <= config.vocab_size
     encoded = chat_format.encode(tokenizer, [{"role": "user", "content": "你"}, {"role": "assistant", "content": "b"}])
     assert max(encoded["input_ids"]) < config.vocab_size
@@ -96,15 +98,15 @@ def test_the_same_model_is_built_each_time_in_shards_with_an_index(tmp_path, mon
     for name in ("one", "two"):
         rehearsal.build(profile, tmp_path / name, small(profile), 64)
         monkeypatch.setenv("GLM4_HOME", str(tmp_path / name))
-        models.check_weights(models.base_folder(profile), profile)
-        files = models.weight_files(models.base_folder(profile), profile)
+        weights.check_weights(weights.base_folder(profile), profile)
+        files = weights.weight_files(weights.base_folder(profile), profile)
         assert len(files) > 1
         digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
     assert digests[0] == digests[1]
 
 
 def test_rows_have_exactly_the_asked_tokens(tmp_path):
-    from glm4_helpers.datasets import to_messages
+    from glm4_helpers.data import to_messages
 
     tokenizer = rehearsal.stand_in_tokenizer(small(get_profile("glm-4-9b-lora")))
     assert len(chat_format.encode(tokenizer, to_messages(rehearsal._row(3, 256)))["input_ids"]) == 256

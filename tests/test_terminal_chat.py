@@ -14,15 +14,17 @@ from pathlib import Path
 from unicodedata import east_asian_width
 
 import pytest
-from glm4_helpers import models
-from glm4_helpers.conversation import Conversation, Speakers, checkpoints, history
-from glm4_helpers.datasets import load_messages
-from glm4_helpers.errors import ModelError, SettingError
-from glm4_helpers.generation import Sampling
-from glm4_helpers.profiles import get_profile
-from glm4_helpers.terminal_chat import Chat, run_chat
 from peft import LoraConfig, get_peft_model
 from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
+
+from glm4_helpers import models
+from glm4_helpers.chat.conversation import Conversation, Speakers, checkpoints, history
+from glm4_helpers.chat.terminal import Chat, run_chat
+from glm4_helpers.checks import adapters
+from glm4_helpers.data import load_messages
+from glm4_helpers.generation import Sampling
+from glm4_helpers.profiles import get_profile
+from glm4_helpers.support.errors import ModelError, SettingError
 
 pexpect = pytest.importorskip("pexpect", reason="pexpect drives Unix terminals only")
 
@@ -34,7 +36,7 @@ import sys
 from pathlib import Path
 from glm4_helpers.generation import Sampling
 from glm4_helpers.profiles import get_profile
-from glm4_helpers.terminal_chat import run_chat
+from glm4_helpers.chat.terminal import run_chat
 tokens, options = eval(sys.argv[1])
 run_chat(get_profile("glm4-nano", base_model="weights/tiny"), sampling=Sampling(tokens), **options)
 """
@@ -60,7 +62,7 @@ def write_adapter(folder, seed):
     torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=64, target_modules=list(profile.lora.target_modules), init_lora_weights=False)
     get_peft_model(models.load_base_model(profile, "float32"), config).save_pretrained(folder)
-    models.save_adapter_facts(folder, profile)
+    adapters.save_adapter_facts(folder, profile)
 
 
 def environment(course):

@@ -25,8 +25,8 @@ KEY = "0123456789abcdefghijk"
 LOG = """
 import json, sys
 from types import SimpleNamespace
-from glm4_helpers import tracking
-from glm4_helpers.errors import CourseError
+from glm4_helpers.runs import tracking
+from glm4_helpers.support.errors import CourseError
 
 mode, folder = sys.argv[1:]
 try:
@@ -35,14 +35,14 @@ except CourseError as error:
     print(error)
     sys.exit(2)
 state = SimpleNamespace(is_world_process_zero=True, global_step=0)
-callback = tracking.callback()
+callback = tracking.tracking_callback()
 callback.on_train_begin(None, state, None)
 for step, loss in ((10, 2.25), (20, 1.125)):
     state.global_step = step
     callback.on_log(None, state, None, logs={"loss": loss})
     answers = [{"question": "你好", "answer": f"第{step}步的回答", "stopped": True}]
     tracking.log_answers({"step": step, "stop_rate": 1.0, "answers": answers})
-tracking.finish()
+tracking.finish_run()
 print(json.dumps(run.settings()))
 """
 
@@ -172,8 +172,8 @@ def test_local_feeds_the_dashboard_which_shows_losses_and_texts(log, tmp_path):
 
 
 def test_local_without_the_dashboard_says_what_to_install(monkeypatch):
-    from glm4_helpers import tracking
-    from glm4_helpers.errors import MachineError
+    from glm4_helpers.runs import tracking
+    from glm4_helpers.support.errors import MachineError
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match="dashboard") as error:
@@ -211,8 +211,8 @@ def test_a_variable_that_swanlab_can_not_read_is_named(log):
 
 
 def test_an_unknown_mode_is_named():
-    from glm4_helpers import tracking
-    from glm4_helpers.errors import SettingError
+    from glm4_helpers.runs import tracking
+    from glm4_helpers.support.errors import SettingError
 
     with pytest.raises(SettingError, match="'online'"):
         tracking.start_run("online")

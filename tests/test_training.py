@@ -17,17 +17,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
-
 from conftest import ROOT
-from glm4_helpers import chat_format, datasets, models, training
-from glm4_helpers.errors import DataError, MachineError, ModelError, SettingError
-from glm4_helpers.profiles import get_profile
-from glm4_helpers.runs.checkpoints import MARKER, checkpoint_folders, is_complete
-from glm4_helpers.runs.provenance import as_trained
-from glm4_helpers.runs.rows import dev_note, train_and_dev
 from test_tracking import scalars
 from tiny_models import save_model, tiny_glm, tiny_tokenizer
+from transformers import TrainerCallback
+
+from glm4_helpers import chat_format, data, models, training
+from glm4_helpers.checks import adapters, chat_template
+from glm4_helpers.held_out import dev_note, train_and_dev
+from glm4_helpers.profiles import get_profile
+from glm4_helpers.runs import checkpoints
+from glm4_helpers.runs.checkpoints import MARKER, checkpoint_folders, is_complete
+from glm4_helpers.runs.provenance import as_trained
+from glm4_helpers.support import paths
+from glm4_helpers.support.errors import DataError, MachineError, ModelError, SettingError
 
 QUICK = {
     "dtype": "float32",
@@ -131,7 +134,7 @@ def test_the_loss_is_that_of_assistant_tokens(home, tmp_path):
     """The stock trainer's loss on our padded rows equals cross-entropy over the labels that are not IGNORE."""
     profile = quick(**{"lora.dropout": 0.0, "training.padding_free": False})
     tokenizer, model = models.load_tokenizer(profile), models.load_base_model(profile)
-    encoded = datasets.encode_rows(tokenizer, datasets.load_messages(home / "data" / "train.json"), 512)
+    encoded = data.encode_rows(tokenizer, data.load_messages(home / "data" / "train.json"), 512)
     trainer = training.build_trainer(model, tokenizer, encoded, encoded, profile, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -146,8 +149,8 @@ def test_the_loss_is_that_of_assistant_tokens(home, tmp_path):
 
 def test_rows_joined_without_padding_give_the_loss_of_each_row_alone(nano_model, nano_tokenizer, tmp_path):
     """On the shipped weights, whose attention has learned to look far back: a row that saw another would tell."""
-    shipped = datasets.load_messages(ROOT / "data" / "train.json").select(range(80))
-    encoded = datasets.encode_rows(nano_tokenizer, shipped, 512)
+    shipped = data.load_messages(ROOT / "data" / "train.json").select(range(80))
+    encoded = data.encode_rows(nano_tokenizer, shipped, 512)
     model = copy.deepcopy(nano_model)
     trainer = training.build_trainer(model, nano_tokenizer, encoded, None, get_profile("glm4-nano"), tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -179,10 +182,10 @@ def _summed_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> float:
 def test_the_stop_ids_survive_building_the_trainer(home, tmp_path):
     profile = quick()
     tokenizer, model = models.load_tokenizer(profile), models.load_base_model(profile)
-    encoded = datasets.encode_rows(tokenizer, datasets.load_messages(home / "data" / "train.json"), 512)
+    encoded = data.encode_rows(tokenizer, data.load_messages(home / "data" / "train.json"), 512)
     trainer = training.build_trainer(model, tokenizer, encoded, None, profile, tmp_path)
-    assert trainer.model.generation_config.eos_token_id == chat_format.stop_ids(tokenizer)
-    assert trainer.model.config.eos_token_id == chat_format.stop_ids(tokenizer)
+    assert trainer.model.generation_config.eos_token_id == chat_template.stop_ids(tokenizer)
+    assert trainer.model.config.eos_token_id == chat_template.stop_ids(tokenizer)
 
 
 def test_lora_targets_that_the_model_lacks_are_refused(home):
@@ -213,12 +216,12 @@ def test_own_rows_are_judged_by_own_rows(home, capsys):
     profile = quick(train_data=own_rows(home, 80), **{"training.epochs": 0.2})
     result = training.train_or_load(profile, tracking_mode="disabled")
     train, dev = train_and_dev(profile)
-    every = texts(datasets.load_messages(home / "data" / "mine.json"))
+    every = texts(data.load_messages(home / "data" / "mine.json"))
     assert texts(train) | texts(dev) == every and not texts(train) & texts(dev)
     assert 4 <= len(dev) <= 16
     said = f"Dev set: {len(dev)} of the 80 rows of data/mine.json"
     assert said in capsys.readouterr().out
-    asked = json.loads((result.adapter_dir / training.ANSWERS_FILE).read_text(encoding="utf-8"))[0]["answers"]
+    asked = json.loads((result.adapter_dir / checkpoints.ANSWERS_FILE).read_text(encoding="utf-8"))[0]["answers"]
     questions = {json.loads(text)[0]["content"] for text in texts(dev)}
     assert questions >= {given["question"] for given in asked[len(profile.sample_prompts) :]}
     assert result.kept.startswith(f"the checkpoint of step {result.best_step}, dev loss")
@@ -308,8 +311,8 @@ def test_each_checkpoint_loads_with_the_base_it_belongs_to(finished, monkeypatch
     checkpoints = [path for _, path in checkpoint_folders(result.adapter_dir.parent / "checkpoints")]
     assert len(checkpoints) == 3
     for path in checkpoints:
-        assert models.read_adapter_facts(path) == models.read_adapter_facts(result.adapter_dir)
-        models.save_adapter_facts(path, quick())
+        assert adapters.read_adapter_facts(path) == adapters.read_adapter_facts(result.adapter_dir)
+        adapters.save_adapter_facts(path, quick())
         assert is_complete(path)
         models.load_adapter(models.load_base_model(quick()), path, quick())
 
@@ -369,7 +372,7 @@ def test_dev_rows_that_have_no_question_are_not_asked(home):
     odd = [[*talk, talk[0]], [*talk, talk[1]], [{"from": "human", "value": "一" * 600}, talk[1]]]
     file.write_text(json.dumps([{"conversations": turns} for turns in (talk, *odd)]), encoding="utf-8")
     result = training.train(quick(**{"training.epochs": 0.2}), tracking_mode="disabled")
-    asked = json.loads((result.adapter_dir / training.ANSWERS_FILE).read_text(encoding="utf-8"))[0]["answers"]
+    asked = json.loads((result.adapter_dir / checkpoints.ANSWERS_FILE).read_text(encoding="utf-8"))[0]["answers"]
     assert len(asked) == len(quick().sample_prompts) + 1
 
 
@@ -390,7 +393,7 @@ def test_an_interrupted_run_in_the_place_of_a_finished_one_is_gone_on_with(finis
     folder, _ = finished
     shutil.copytree(folder, tmp_path / "home")
     monkeypatch.setenv("GLM4_HOME", str(tmp_path / "home"))
-    file = tmp_path / "home" / "outputs" / "glm4-nano" / "checkpoints" / training.RUN_FILE
+    file = tmp_path / "home" / "outputs" / "glm4-nano" / "checkpoints" / paths.RUN_FILE
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "finished": False}), encoding="utf-8")
     assert "was interrupted" in training.why_train(quick(), training.default_adapter_dir(quick()))
 
@@ -428,7 +431,7 @@ def test_full_fine_tuning_saves_a_model_that_loads(home):
     base = models.load_base_model(profile)
     assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
     tokenizer = AutoTokenizer.from_pretrained(result.adapter_dir)
-    assert model.generation_config.eos_token_id == chat_format.stop_ids(tokenizer)
+    assert model.generation_config.eos_token_id == chat_template.stop_ids(tokenizer)
     assert not list(result.adapter_dir.glob("optimizer*"))
 
 

@@ -11,14 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
 
-from glm4_helpers import chat_format, conversation
-from glm4_helpers.conversation import OWN, Reply, Speakers, Turn, all_messages, history
-from glm4_helpers.errors import DataError, ModelError, SettingError
+from glm4_helpers import chat_format, generation
+from glm4_helpers.chat.conversation import OWN, Reply, Speakers, Turn, all_messages, history
+from glm4_helpers.chat.transcript import markdown_text, to_html, to_markdown
+from glm4_helpers.checks.adapters import save_adapter_facts
 from glm4_helpers.generation import Sampling, answers
-from glm4_helpers.models import load_adapter, load_base_model, load_tokenizer, save_adapter_facts
+from glm4_helpers.models import load_adapter, load_base_model, load_tokenizer
 from glm4_helpers.profiles import get_profile
-from glm4_helpers.widgets import ChatBox, chat, chat_box, token_boxes, token_view, token_view_figure, token_view_html
-from glm4_helpers.widgets.transcript import markdown_text, to_html, to_markdown
+from glm4_helpers.support.errors import DataError, ModelError, SettingError
+from glm4_helpers.widgets import chat
+from glm4_helpers.widgets.chat import ChatBox, chat_box
+from glm4_helpers.widgets.tokens import token_boxes, token_view, token_view_figure, token_view_html
 
 FORGED = '<b onclick="x">粗体</b> & <|assistant|>'
 HELLO = [{"role": "user", "content": "你好"}]
@@ -356,7 +359,7 @@ def test_unforeseen_errors_are_shown_too(box, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of <memory>")
 
-    monkeypatch.setattr(conversation, "stream", broken)
+    monkeypatch.setattr(generation, "stream", broken)
     box.send("你好", wait=True)
     assert "RuntimeError: out of &lt;memory&gt;" in box._log.value
     assert isinstance(box.last_error, RuntimeError) and not box.busy
@@ -458,7 +461,7 @@ def test_boxes_follow_encode_and_name_roles():
 
 
 def chat_format_messages(row):
-    from glm4_helpers.datasets import to_messages
+    from glm4_helpers.data import to_messages
 
     return to_messages(row)
 

@@ -4,7 +4,8 @@ import torch
 from peft import get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 
-from glm4_helpers import chat_format, models, training
+from glm4_helpers import models, training
+from glm4_helpers.checks import adapters, chat_template
 from nano.pretrain import build_tokenizer
 
 CHARACTERS = "你好苹果香蕉西瓜天地人一二三四五六七八九十中国北京上海告诉我的名字等于多少？。，：！0123456789+=abcxyz \n"
@@ -25,7 +26,7 @@ def tiny_glm(tokenizer, seed=0, max_position_embeddings=4096, **settings):
         vocab_size=len(tokenizer),
         max_position_embeddings=max_position_embeddings,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=chat_format.stop_ids(tokenizer),
+        eos_token_id=chat_template.stop_ids(tokenizer),
         **shape | settings,
     )
     torch.manual_seed(seed)
@@ -58,4 +59,4 @@ def save_live_adapter(folder, profile, std):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=std)
     model.save_pretrained(folder)
-    models.save_adapter_facts(folder, profile)
+    adapters.save_adapter_facts(folder, profile)

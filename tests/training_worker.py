@@ -73,9 +73,10 @@ def run_in_fork(job: dict) -> int:
 
 
 if __name__ == "__main__":
-    import glm4_helpers.training  # noqa: F401  before forking, so that it is done once
     import swanlab  # noqa: F401
     import trl.trainer.sft_trainer  # noqa: F401
+
+    import glm4_helpers.training  # noqa: F401  before forking, so that it is done once
 
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     statuses = [run_in_fork(job) for job in jobs]

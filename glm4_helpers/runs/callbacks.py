@@ -17,11 +17,10 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.utils import is_in_notebook
 
-from ..environment import launched_zero_stage
-from ..errors import SettingError
 from ..generation import answers
-from .files import read_json, write_json
-
+from ..machine.room import launched_zero_stage
+from ..support.errors import SettingError
+from ..support.files import read_json, write_json
 
 # Answers
 

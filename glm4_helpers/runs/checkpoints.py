@@ -16,11 +16,11 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ..errors import SettingError
-from ..models import save_adapter_facts
-from ..paths import RUN_FILE, shown
+from ..checks.adapters import save_adapter_facts
 from ..profiles import Profile
-from .files import read_json, write_json
+from ..support.errors import SettingError
+from ..support.files import read_json, write_json
+from ..support.paths import RUN_FILE, shown
 from .provenance import difference
 
 ANSWERS_FILE = "answers.json"

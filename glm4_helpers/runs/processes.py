@@ -11,9 +11,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..environment import use_one_gpu
-from ..errors import SettingError
-from ..paths import shown
+from ..machine.gpus import use_one_gpu
+from ..support.errors import SettingError
+from ..support.paths import shown
 
 
 def join_processes() -> None:

@@ -16,10 +16,11 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .. import models
-from ..datasets import fingerprint
-from ..paths import RUN_FILE, TRAINING_FILE
+from ..checks import weights
+from ..data import fingerprint
 from ..profiles import Profile, changes_weights, flat_settings, profile_settings
-from .files import read_json
+from ..support.files import read_json
+from ..support.paths import RUN_FILE, TRAINING_FILE
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 """Packages whose versions are recorded with an adapter, and have to match for it to count as this profile's."""
@@ -31,7 +32,7 @@ def run_facts(profile: Profile, train: Dataset, dev: Dataset | None) -> dict[str
     return {
         "profile": profile_settings(profile),
         "data": {"train": fingerprint(train), "dev": fingerprint(dev) if dev else None},
-        "base": models.base_fingerprint(models.base_folder(profile)),
+        "base": weights.base_fingerprint(weights.base_folder(profile)),
         "versions": {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES},
         "processes": PartialState().num_processes,
     }

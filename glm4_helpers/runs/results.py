@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..environment import machine
-from ..models import save_adapter_facts
-from ..paths import RUN_FILE, TRAINING_FILE, share_weights
+from ..checks.adapters import save_adapter_facts
+from ..machine.hardware import this_machine
 from ..profiles import Profile
+from ..support.files import read_json, write_json
+from ..support.paths import RUN_FILE, TRAINING_FILE, share_weights
 from .checkpoints import ANSWERS_FILE, Start
-from .files import read_json, write_json
 from .processes import on_main
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def publish(
     record = {
         "facts": dict(facts),
         "seed": profile.training.seed,
-        "machine": machine().cpu,
+        "machine": this_machine().cpu,
         "distributed_type": trainer.accelerator.distributed_type.value,
         **{name: getattr(result, name) for name in _RECORDED},
     }

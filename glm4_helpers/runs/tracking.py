@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MachineError, SettingError, first_line
-from ..paths import outputs_dir
+from ..support.errors import MachineError, SettingError, first_line
+from ..support.paths import outputs_dir
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -75,7 +75,7 @@ def start_run(
     return TrackedRun(mode, run.id, None if mode == "disabled" else str(run.dir))
 
 
-def callback() -> TrainerCallback:
+def tracking_callback() -> TrainerCallback:
     """SwanLab's own callback, which sends a trainer's logs and settings to the active run.
 
     It stands in for `report_to="swanlab"`, which crashes in transformers 5.23.
@@ -124,7 +124,7 @@ def replay(
         shutil.rmtree(earlier["folder"], ignore_errors=True)
 
 
-def finish(error: BaseException | None = None) -> None:
+def finish_run(error: BaseException | None = None) -> None:
     """End the active run, as crashed or aborted where `error` ended training; nothing without a run."""
     import swanlab
 

@@ -20,11 +20,11 @@ import ipywidgets
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..conversation import BASE, TUNED, Conversation, Reply, Speakers, Turn, all_messages, history
-from ..errors import CourseError
+from ..chat import transcript
+from ..chat.conversation import BASE, TUNED, Conversation, Reply, Speakers, Turn, all_messages, history
 from ..generation import Sampling
 from ..profiles import Profile
-from . import transcript
+from ..support.errors import CourseError
 
 SIDE_BY_SIDE = "side by side"
 SECONDS_BETWEEN_UPDATES = 1 / 12

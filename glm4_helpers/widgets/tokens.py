@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from transformers import PreTrainedTokenizerBase
 
-from ..chat_format import IGNORE, ROLES, TERMINATOR, encode, read_format
-from ..datasets import to_messages
+from ..chat_format import IGNORE, encode
+from ..checks.chat_template import ROLES, TERMINATOR, read_format
+from ..data import to_messages
 from ..plots import BACKGROUND, new_figure, style
 
 ROLE_COLOURS = {

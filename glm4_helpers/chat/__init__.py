@@ -1,0 +1,1 @@
+"""One conversation, in a terminal or a notebook. Doors: the command `chat` and `widgets`."""

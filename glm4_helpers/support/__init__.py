@@ -1,0 +1,1 @@
+"""What every other room needs: errors, paths, files. It imports no other room."""
