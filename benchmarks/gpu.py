@@ -131,7 +131,9 @@ class Bench:
         flops = tokens * (4 if profile.lora else 6) * (shape.linear + 0.8 * shape.vocabulary * shape.hidden)
         found = self.memory()
         if optim is None:  # `memory` counts the course's own optimizer
-            guess = memory.estimate_memory(profile, memory.setting_of(profile, length=max(sizes), lengths=tuple(sizes)), shape)
+            guess = memory.estimate_memory(
+                profile, memory.setting_of(profile, length=max(sizes), lengths=tuple(sizes)), shape
+            )
             found |= {
                 "estimated_gib": round(guess.total_gib, 2),
                 "libraries_gib": round(memory.LIBRARY_BYTES / files.GIB, 2),
@@ -140,9 +142,12 @@ class Bench:
         if profile.lora is None:
             self.model = None
         return {
-            "s_a_step": round(seconds, 4), "rows_a_second": round(batch / seconds, 2),
-            "tokens_a_second": round(tokens / seconds), "tflops": round(flops / seconds / 1e12, 1), **found,
-        }  # fmt: skip
+            "s_a_step": round(seconds, 4),
+            "rows_a_second": round(batch / seconds, 2),
+            "tokens_a_second": round(tokens / seconds),
+            "tflops": round(flops / seconds / 1e12, 1),
+            **found,
+        }
 
     def answers(self, profile, batch: int, tuned: bool) -> dict[str, Any]:
         """Greedy answers with an adapter, unmerged as the course runs it, or without."""
@@ -157,10 +162,12 @@ class Bench:
         seconds, counts = time.perf_counter() - started, [answer.token_count for answer in given]
         self.model = bare(model)
         return {
-            "seconds": round(seconds, 2), "answers_a_second": round(batch / seconds, 2),
-            "ms_a_step": round(1000 * seconds / max(1, *counts), 1), "tokens_a_second": round(sum(counts) / seconds, 1),
+            "seconds": round(seconds, 2),
+            "answers_a_second": round(batch / seconds, 2),
+            "ms_a_step": round(1000 * seconds / max(1, *counts), 1),
+            "tokens_a_second": round(sum(counts) / seconds, 1),
             **self.memory(),
-        }  # fmt: skip
+        }
 
 
 def row_lengths(length: int | None, count: int) -> list[int]:
@@ -283,11 +290,19 @@ def caps(bench: Bench) -> None:
         if bench.gpu:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
-        profile = get_profile(name, **{
-            "train_data": "data/train.json", "dev_data": "data/dev.json", "test_data": None, "sample_prompts": (),
-            "max_new_tokens": 2 if bench.dry else 32, "training.per_device_batch_size": batch,
-            "training.epochs": 0.1 if bench.dry else 0.5, "training.evaluations_per_run": 1 if bench.dry else 2,
-        })  # fmt: skip
+        profile = get_profile(
+            name,
+            **{
+                "train_data": "data/train.json",
+                "dev_data": "data/dev.json",
+                "test_data": None,
+                "sample_prompts": (),
+                "max_new_tokens": 2 if bench.dry else 32,
+                "training.per_device_batch_size": batch,
+                "training.epochs": 0.1 if bench.dry else 0.5,
+                "training.evaluations_per_run": 1 if bench.dry else 2,
+            },
+        )
         result = training.train(profile, output, resume=False, tracking_mode="disabled")
         return {"cap_gib": gib, "seconds": round(result.seconds, 1), **bench.memory()}
 
@@ -326,12 +341,22 @@ def write(out: Path, section: str, case: str, **found: Any) -> None:
 
 
 COLUMNS = {
-    "cap_gib": "GiB allowed", "seconds": "s", "s_a_step": "s a step", "rows_a_second": "rows/s",
-    "answers_a_second": "answers/s", "ms_a_step": "ms a step", "tokens_a_second": "tokens/s", "tflops": "TFLOP/s",
-    "share": "of matrix peak", "hours": "hours for the recipe", "allocated_gib": "GiB allocated",
-    "reserved_gib": "GiB reserved", "used_gib": "GiB of the card", "estimated_gib": "GiB estimated",
+    "cap_gib": "GiB allowed",
+    "seconds": "s",
+    "s_a_step": "s a step",
+    "rows_a_second": "rows/s",
+    "answers_a_second": "answers/s",
+    "ms_a_step": "ms a step",
+    "tokens_a_second": "tokens/s",
+    "tflops": "TFLOP/s",
+    "share": "of matrix peak",
+    "hours": "hours for the recipe",
+    "allocated_gib": "GiB allocated",
+    "reserved_gib": "GiB reserved",
+    "used_gib": "GiB of the card",
+    "estimated_gib": "GiB estimated",
     "off": "estimate off by",
-}  # fmt: skip
+}
 
 
 def render(out: Path) -> str:
@@ -401,11 +426,16 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
-        **os.environ, "PYTHONPATH": paths, "GLM4_HOME": str(out / "course"), "HF_HUB_OFFLINE": "1",
+        **os.environ,
+        "PYTHONPATH": paths,
+        "GLM4_HOME": str(out / "course"),
+        "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
         "CUDA_VISIBLE_DEVICES": rehearse.one_gpu(),
-    }  # fmt: skip
+    }
 
     def left() -> float:
         return arguments.until - (time.monotonic() - started)

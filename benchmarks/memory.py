@@ -25,11 +25,21 @@ from glm4_helpers.support.errors import CourseError
 
 HERE = Path(__file__).parent
 CASES = (
-    "glm-edge-1.5b:2:64:1:off", "glm-edge-1.5b:4:64:1:off", "glm-edge-1.5b:2:256:1:on", "glm-edge-1.5b:4:256:2:on",
-    "glm-edge-1.5b:2:512:2:on", "glm-edge-1.5b:2:512:2:off", "glm-edge-1.5b:28:256:1:on", "glm-4-9b-lora:2:64:1:on",
-    "glm-4-9b-lora:2:256:1:on", "glm-4-9b-lora:2:512:2:off", "glm-4-9b-lora:4:256:1:on", "glm-4-9b-0414:2:256:1:on",
-    "glm-4-9b-qlora:2:256:1:on", "glm-4-9b-full:2:64:1:on",
-)  # fmt: skip
+    "glm-edge-1.5b:2:64:1:off",
+    "glm-edge-1.5b:4:64:1:off",
+    "glm-edge-1.5b:2:256:1:on",
+    "glm-edge-1.5b:4:256:2:on",
+    "glm-edge-1.5b:2:512:2:on",
+    "glm-edge-1.5b:2:512:2:off",
+    "glm-edge-1.5b:28:256:1:on",
+    "glm-4-9b-lora:2:64:1:on",
+    "glm-4-9b-lora:2:256:1:on",
+    "glm-4-9b-lora:2:512:2:off",
+    "glm-4-9b-lora:4:256:1:on",
+    "glm-4-9b-0414:2:256:1:on",
+    "glm-4-9b-qlora:2:256:1:on",
+    "glm-4-9b-full:2:64:1:on",
+)
 
 
 def measure(case: str) -> dict:

@@ -227,13 +227,18 @@ def _in_process(stage: str, profile: Profile, folder: Path, tokens: int, batch_s
     result = folder / f"{stage}.json"
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     job = {
-        "stage": stage, "profile": profile_settings(profile), "tokens": tokens, "batch_size": batch_size,
+        "stage": stage,
+        "profile": profile_settings(profile),
+        "tokens": tokens,
+        "batch_size": batch_size,
         "result": str(result),
-    }  # fmt: skip
+    }
     changed = {
-        **RETURN_FREED_MEMORY, "GLM4_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths),
+        **RETURN_FREED_MEMORY,
+        "GLM4_HOME": str(folder),
+        "PYTHONPATH": os.pathsep.join(paths),
         "CUDA_VISIBLE_DEVICES": one_gpu(),
-    }  # fmt: skip
+    }
     finished = subprocess.run(
         [sys.executable, "-c", f"from benchmarks.rehearse import work; work({job!r})"],
         env={**os.environ, **changed},
@@ -251,7 +256,6 @@ def work(job: dict[str, Any]) -> None:
     """One stage in this process; writes what it found and its peak memory as JSON. Called by `rehearse`."""
     # What is imported belongs to the baseline, also what training would import only later.
     from trl import SFTTrainer  # noqa: F401
-
 
     settings = dict(job["profile"])
     profile = _rehearsed(get_profile(settings.pop("name"), **settings), job["tokens"], job["batch_size"])
@@ -280,13 +284,23 @@ def _rehearsed(profile: Profile, tokens: int, batch_size: int) -> Profile:
     last position only, and torch.matmul does not fold such a slice (should_fold in ATen's LinearAlgebra.cpp).
     """
     few = dataclasses.replace(
-        profile.training, epochs=1, per_device_batch_size=batch_size, evaluation_batch_size=1, gradient_accumulation_steps=1,
-        max_length=tokens, evaluations_per_run=-(-ROWS // CHECKPOINT_AT),
-    )  # fmt: skip
+        profile.training,
+        epochs=1,
+        per_device_batch_size=batch_size,
+        evaluation_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_length=tokens,
+        evaluations_per_run=-(-ROWS // CHECKPOINT_AT),
+    )
     return dataclasses.replace(
-        profile, training=few, train_data="data/train.json", dev_data="data/dev.json", test_data=None,
-        sample_prompts=(), max_new_tokens=NEW_TOKENS,
-    )  # fmt: skip
+        profile,
+        training=few,
+        train_data="data/train.json",
+        dev_data="data/dev.json",
+        test_data=None,
+        sample_prompts=(),
+        max_new_tokens=NEW_TOKENS,
+    )
 
 
 def _load(profile: Profile, keep: _Keeper) -> dict[str, Any]:

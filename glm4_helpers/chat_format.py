@@ -6,8 +6,8 @@ Nothing here reads files or knows about profiles, models or training; rows becom
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from .checks.chat_template import PREFIX, ROLES, TERMINATOR, ChatFormat, official_tools, read_format, tools_text
 from .checks.values import checked_text, function_tools

@@ -10,8 +10,9 @@ import hashlib
 import logging
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .chat_format import encode
 from .checks.chat_template import TERMINATOR

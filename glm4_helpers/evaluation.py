@@ -267,7 +267,9 @@ def assistant_token_loss(
         batch = encoded[start : start + batch_size]
         width = max(len(item["labels"]) for item in batch)
         padding = [width - len(item["labels"]) for item in batch]
-        rows = [item["input_ids"] + [tokenizer.pad_token_id] * short for item, short in zip(batch, padding, strict=True)]
+        rows = [
+            item["input_ids"] + [tokenizer.pad_token_id] * short for item, short in zip(batch, padding, strict=True)
+        ]
         ids = torch.tensor(rows)
         wanted = [item["labels"] + [IGNORE] * short for item, short in zip(batch, padding, strict=True)]
         labels = torch.tensor(wanted)

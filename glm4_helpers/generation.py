@@ -57,7 +57,12 @@ class Sampling:
             ("temperature", Real, lambda t: 0 <= t < most, "0 (greedy) or a positive number such as 0.6"),
             ("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1"),
             ("repetition_penalty", Real, lambda r: 0 < r < most, "a number above 0; 1 is none"),
-            ("seed", Integral | None, lambda s: s is None or 0 <= s < 2**32, "None or a whole number from 0, below 2**32"),
+            (
+                "seed",
+                Integral | None,
+                lambda s: s is None or 0 <= s < 2**32,
+                "None or a whole number from 0, below 2**32",
+            ),
         )
         for name, kind, valid, wanted in checks:
             _require(name, getattr(self, name), kind, valid, wanted)
@@ -160,7 +165,9 @@ def fit_history(
 # Settings
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: Sequence[int]) -> GenerationConfig:
+def _generation_config(
+    tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: Sequence[int]
+) -> GenerationConfig:
     """Settings that name every sampling value: what stays unset would be taken from the model's own file."""
     drawn = {"do_sample": True, "temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": 0}
     greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}

@@ -34,16 +34,36 @@ SET_LABELS = {
 }
 
 KIND_LABELS = {
-    "word_to_english": "译成英文 word to English", "english_to_word": "译成中文 English to word",
-    "category": "类别 category", "property": "性质 property", "opposite": "反义词 opposite", "sum": "加法 sum",
-    "difference": "减法 difference", "system": "系统提示 system prompt", "follow_up": "追问 follow-up",
-    "capital": "首都 capital", "capital_of": "哪国首都 capital of", "list": "列举 list", "quote": "引用 quote",
-    "sentence": "造句 sentence", "count": "数数 count", "plan": "计划 plan", "new_topic": "换话题 new topic",
-    "descending": "降序 descending", "ascending": "升序 ascending", "larger": "较大 larger", "smaller": "较小 smaller",
-    "remember": "记住 remember", "introduce": "介绍 introduce", "repeat": "重复 repeat",
-    "not_that_model": "不是那个模型 not that model", "who": "是谁 who", "hello": "问候 hello", "thanks": "感谢 thanks",
+    "word_to_english": "译成英文 word to English",
+    "english_to_word": "译成中文 English to word",
+    "category": "类别 category",
+    "property": "性质 property",
+    "opposite": "反义词 opposite",
+    "sum": "加法 sum",
+    "difference": "减法 difference",
+    "system": "系统提示 system prompt",
+    "follow_up": "追问 follow-up",
+    "capital": "首都 capital",
+    "capital_of": "哪国首都 capital of",
+    "list": "列举 list",
+    "quote": "引用 quote",
+    "sentence": "造句 sentence",
+    "count": "数数 count",
+    "plan": "计划 plan",
+    "new_topic": "换话题 new topic",
+    "descending": "降序 descending",
+    "ascending": "升序 ascending",
+    "larger": "较大 larger",
+    "smaller": "较小 smaller",
+    "remember": "记住 remember",
+    "introduce": "介绍 introduce",
+    "repeat": "重复 repeat",
+    "not_that_model": "不是那个模型 not that model",
+    "who": "是谁 who",
+    "hello": "问候 hello",
+    "thanks": "感谢 thanks",
     "farewell": "告别 farewell",
-}  # fmt: skip
+}
 """Kinds of the course's own rows, in Chinese with an English gloss; other kinds are shown by their name."""
 
 MEMORY_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
@@ -212,9 +232,14 @@ def _dots(axis: Axes, row: int, before: Mapping[str, float] | None, after: Mappi
         axis.plot([100 * score["low"], 100 * score["high"]], [row + offset] * 2, color=colour, linewidth=1.2)
         again = label in axis.get_legend_handles_labels()[1]
         axis.plot(
-            100 * score["accuracy"], row + offset, "o", color=colour, markerfacecolor=face, markersize=5,
+            100 * score["accuracy"],
+            row + offset,
+            "o",
+            color=colour,
+            markerfacecolor=face,
+            markersize=5,
             label=None if again else label,
-        )  # fmt: skip
+        )
 
 
 def _percent_axis(axis: Axes) -> None:
@@ -371,7 +396,9 @@ def lengths_figure(lengths: Sequence[int], max_length: int | None = None) -> Fig
     axis.hist(lengths, bins=min(60, max(10, len(set(lengths)))), color=AFTER, edgecolor=BACKGROUND, linewidth=0.4)
     if max_length is not None:
         over = sum(length > max_length for length in lengths)
-        axis.axvline(max_length, color=ACCENT, linestyle="--", label=f"上限 limit {max_length}: {over:,} 行更长 rows longer")
+        axis.axvline(
+            max_length, color=ACCENT, linestyle="--", label=f"上限 limit {max_length}: {over:,} 行更长 rows longer"
+        )
         axis.legend(loc="upper center")
     axis.set_xlabel("每行词元数 tokens per row")
     axis.set_ylabel("行数 rows")
@@ -432,9 +459,23 @@ def _unit(largest: float) -> tuple[float, str]:
 
 
 CHINESE_FONTS = (
-    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
-    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Heiti SC", "PingFang HK", "Heiti TC", "STHeiti", "Songti SC",
-    "SimSun", "Arial Unicode MS", "Noto Sans CJK JP",
-)  # fmt: skip
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Heiti SC",
+    "PingFang HK",
+    "Heiti TC",
+    "STHeiti",
+    "Songti SC",
+    "SimSun",
+    "Arial Unicode MS",
+    "Noto Sans CJK JP",
+)
 """Families with Chinese glyphs on Linux, macOS and Windows, in the order they are preferred; plots use the first one
 installed."""

@@ -146,7 +146,9 @@ def train(
         facts = run_facts(profile, *conversations)
         start = shared(lambda: find_start(work, facts, resume))
         say(f"Going on from {shown(start.checkpoint)}." if start.checkpoint else "")
-        say(f"Computing in {dtype if dtype.startswith(profile.dtype) else f'{profile.dtype}, as the interrupted run did'}.")
+        say(
+            f"Computing in {dtype if dtype.startswith(profile.dtype) else f'{profile.dtype}, as the interrupted run did'}."
+        )
         say(rows_report(*profile_rows(profile, "train_data")))
         say(dev_note(profile, *conversations))
         try:
@@ -384,9 +386,7 @@ def _rows(profile: Profile, tokenizer: PreTrainedTokenizerBase, train: Dataset, 
     return _Rows(encoded[0], encoded[1], _questions(profile, tokenizer, dev))
 
 
-def _questions(
-    profile: Profile, tokenizer: PreTrainedTokenizerBase, dev: Dataset | None
-) -> list[list[dict[str, str]]]:
+def _questions(profile: Profile, tokenizer: PreTrainedTokenizerBase, dev: Dataset | None) -> list[list[dict[str, str]]]:
     """The profile's sample prompts, then questions from evenly spaced dev rows that training would keep."""
     system = [{"role": "system", "content": profile.system_prompt}] if profile.system_prompt else []
     questions = [[*system, {"role": "user", "content": prompt}] for prompt in profile.sample_prompts]

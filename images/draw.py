@@ -47,9 +47,11 @@ def data_flow() -> Figure:
     figure, axes = _canvas(10.6, 1.9 + 1.3)
     above = (("rows", "data/train.json"), ("messages", "datasets"), ("token ids, labels", "chat_format"))
     below = (
-        ("trainer", "training (TRL)", AFTER), ("adapter", "outputs/", ACCENT), ("answers", "generation", AFTER),
+        ("trainer", "training (TRL)", AFTER),
+        ("adapter", "outputs/", ACCENT),
+        ("answers", "generation", AFTER),
         ("scores, plots, chat", "evaluation, plots, widgets", PURPLE),
-    )  # fmt: skip
+    )
     _step(axes, 0.3, 2.15, "profile", "profiles", BEFORE)
     _step(axes, 0.3, 0.35, "tokenizer, base model", "models", BEFORE)
     for place, (title, module) in enumerate(above):
@@ -65,9 +67,7 @@ def data_flow() -> Figure:
     return figure
 
 
-def _step(
-    axes: Axes, left: float, bottom: float, title: str, module: str, colour: str, width: float = 2.0
-) -> None:
+def _step(axes: Axes, left: float, bottom: float, title: str, module: str, colour: str, width: float = 2.0) -> None:
     """A box with what flows and the module that makes it."""
     _box(axes, left, bottom, width, 0.7, "", colour)
     axes.text(left + width / 2, bottom + 0.45, title, ha="center", va="center", size=10)
@@ -76,15 +76,26 @@ def _step(
 
 PIECES = (
     (2.45, (("[gMASK]", 1.35, BEFORE), ("<sop>", 1.35, BEFORE))),
-    (1.75, (
-        ("<|user|>", 1.35, GREEN), ("↵ 大象的英文是什么？", 2.5, GREEN), ("<|assistant|>", 1.35, AFTER),
-        ("↵ elephant。", 1.5, AFTER),
-    )),
-    (1.05, (
-        ("<|user|>", 1.35, GREEN), ("↵ 老虎呢？", 1.6, GREEN), ("<|assistant|>", 1.35, AFTER), ("↵ tiger。", 1.2, AFTER),
-        ("<|endoftext|>", 1.35, ACCENT),
-    )),
-)  # fmt: skip
+    (
+        1.75,
+        (
+            ("<|user|>", 1.35, GREEN),
+            ("↵ 大象的英文是什么？", 2.5, GREEN),
+            ("<|assistant|>", 1.35, AFTER),
+            ("↵ elephant。", 1.5, AFTER),
+        ),
+    ),
+    (
+        1.05,
+        (
+            ("<|user|>", 1.35, GREEN),
+            ("↵ 老虎呢？", 1.6, GREEN),
+            ("<|assistant|>", 1.35, AFTER),
+            ("↵ tiger。", 1.2, AFTER),
+            ("<|endoftext|>", 1.35, ACCENT),
+        ),
+    ),
+)
 """Bottom of each line, then its pieces: text, width and colour."""
 
 TRAINED = {(1.75, 3), (1.05, 0), (1.05, 3), (1.05, 4)}
@@ -127,9 +138,13 @@ def lora() -> Figure:
     _box(axes, 7.1, 1.75, 0.5, 0.5, "+", AFTER, size=14)
     _box(axes, 8.5, 1.55, 1.4, 0.8, "Wx + (α/r)·BAx", AFTER)
     for start, end in (
-        ((1.3, 2.05), (2.6, 2.85)), ((1.3, 1.85), (2.6, 0.85)), ((3.9, 0.85), (5.0, 0.85)), ((5.2, 2.85), (7.1, 2.1)),
-        ((6.3, 0.85), (7.1, 1.9)), ((7.6, 2.0), (8.5, 2.0)),
-    ):  # fmt: skip
+        ((1.3, 2.05), (2.6, 2.85)),
+        ((1.3, 1.85), (2.6, 0.85)),
+        ((3.9, 0.85), (5.0, 0.85)),
+        ((5.2, 2.85), (7.1, 2.1)),
+        ((6.3, 0.85), (7.1, 1.9)),
+        ((7.6, 2.0), (8.5, 2.0)),
+    ):
         _arrow(axes, start, end)
     _note(axes, 4.13, 1.05, "8 numbers", 8)
     _note(axes, 6.75, 1.05, "× α/r")

@@ -25,7 +25,9 @@ def plot(notebook: Path) -> bytes:
     outputs = [output for cell in cells if DRAWN_BY in cell.source for output in cell.get("outputs", [])]
     found = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     if len(found) != 1:
-        sys.exit(f"{notebook.name} holds {len(found)} pictures made by {DRAWN_BY}…): run it first, with make notebooks.")
+        sys.exit(
+            f"{notebook.name} holds {len(found)} pictures made by {DRAWN_BY}…): run it first, with make notebooks."
+        )
     return base64.b64decode(found[0])
 
 

@@ -15,7 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "weights" / "glm4-nano"
 REPORT = pytest.StashKey[dict[str, list[tuple[float, str]]]]()
-COMMON_CHINESE = "你好我叫什么名字告诉苹果英文的是一二三四五六七八九十天气北京很今多少等于吗了在有不人个大家请。，？！：、“”"
+COMMON_CHINESE = (
+    "你好我叫什么名字告诉苹果英文的是一二三四五六七八九十天气北京很今多少等于吗了在有不人个大家请。，？！：、“”"
+)
 
 
 def pytest_configure(config):

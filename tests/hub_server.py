@@ -87,7 +87,12 @@ def hf_tree(handler, query, name, revision):
     root = handler.repository(name)
     handler.json(
         [
-            {"type": "file", "path": path.relative_to(root).as_posix(), "size": _size(handler, path), "oid": _digest(path)}
+            {
+                "type": "file",
+                "path": path.relative_to(root).as_posix(),
+                "size": _size(handler, path),
+                "oid": _digest(path),
+            }
             for path in handler.files(name)
         ]
     )

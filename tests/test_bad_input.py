@@ -119,21 +119,53 @@ BAD_ROWS = (
     ("a JSON file with a comma too many", '[{"instruction": "a",]', ("mine.json", "line 1, column 22")),
     ("rows below a key of an object", {"data": [ALPACA]}, ("mine.json", "a list in 'data' instead of a list of rows")),
     ("a web page called .json", "<!DOCTYPE html>\n<html></html>", ("mine.json", "a web page", "/resolve/")),
-    ("a Git LFS pointer called .json", "version https://git-lfs.github.com/spec/v1\n", ("mine.json", "LFS", "git lfs pull")),
+    (
+        "a Git LFS pointer called .json",
+        "version https://git-lfs.github.com/spec/v1\n",
+        ("mine.json", "LFS", "git lfs pull"),
+    ),
     ("a row that is text", [ALPACA, "apple"], ("mine.json, row 2", "text instead of an object")),
-    ("a row with unknown columns", [{"问题": "a", "答案": "b"}], ("mine.json, row 1", "columns={问题: instruction, 答案: output}")),
-    ("several rows that can't be used", [ALPACA, "x", {"output": "a"}], ("2 of 3 rows", "row 2", "row 3", "skip_bad_rows")),
+    (
+        "a row with unknown columns",
+        [{"问题": "a", "答案": "b"}],
+        ("mine.json, row 1", "columns={问题: instruction, 答案: output}"),
+    ),
+    (
+        "several rows that can't be used",
+        [ALPACA, "x", {"output": "a"}],
+        ("2 of 3 rows", "row 2", "row 3", "skip_bad_rows"),
+    ),
     ("a row without output", [ALPACA, {"instruction": "a"}], ("mine.json, row 2", "'output' is missing")),
     ("an output that is a number", [{**ALPACA, "output": 3}], ("mine.json, row 1", "'output' is a number")),
     ("an input that is a list", [{**ALPACA, "input": ["a"]}], ("mine.json, row 1", "'input' is a list")),
     ("a history turn of three texts", [{**ALPACA, "history": [["a", "b", "c"]]}], ("row 1", "turn 1 of history")),
     ("a history that is text", [{**ALPACA, "history": "a"}], ("row 1", "'history' is text, not a list")),
-    ("ShareGPT from an unknown sender", [{"conversations": [{"from": "me", "value": "a"}]}], ("row 1", "turn 1", "'me'")),
-    ("ShareGPT with an empty value", [{"conversations": [{"from": "human", "value": None}]}], ("row 1", "turn 1", "missing")),
-    ("messages with an unknown role", [{"messages": [{"role": "bot", "content": "a"}]}], ("row 1", "message 1", "'bot'")),
+    (
+        "ShareGPT from an unknown sender",
+        [{"conversations": [{"from": "me", "value": "a"}]}],
+        ("row 1", "turn 1", "'me'"),
+    ),
+    (
+        "ShareGPT with an empty value",
+        [{"conversations": [{"from": "human", "value": None}]}],
+        ("row 1", "turn 1", "missing"),
+    ),
+    (
+        "messages with an unknown role",
+        [{"messages": [{"role": "bot", "content": "a"}]}],
+        ("row 1", "message 1", "'bot'"),
+    ),
     ("messages that begin with the assistant", [{"messages": TURNS[1:]}], ("row 1", "the assistant's turn")),
-    ("pairs of a good and a bad answer", [{"instruction": "a", "chosen": "b", "rejected": "c"}], ("row 1", "'chosen'", "DPO")),
-    ("an answer that is marked as bad", [ALPACA, {**ALPACA, "kto_tag": False}], ("row 2", "kto_tag", "KTO", "skip_bad_rows")),
+    (
+        "pairs of a good and a bad answer",
+        [{"instruction": "a", "chosen": "b", "rejected": "c"}],
+        ("row 1", "'chosen'", "DPO"),
+    ),
+    (
+        "an answer that is marked as bad",
+        [ALPACA, {**ALPACA, "kto_tag": False}],
+        ("row 2", "kto_tag", "KTO", "skip_bad_rows"),
+    ),
     ("rows with images", [{**ALPACA, "images": ["cat.jpg"]}], ("row 1", "'images'", "text only")),
     ("half a weight", [{"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}], ("row 1", "message 2", "0.5")),
     ("two formats in one row", [{**ALPACA, **SHAREGPT}], ("row 1", "mixes the formats Alpaca and ShareGPT")),
@@ -689,7 +721,13 @@ def rows(count, seed=1):
     numbers = random.Random(seed)
     sums = [(numbers.randint(0, 99), numbers.randint(0, 9)) for _ in range(count)]
     return [
-        {"id": f"{seed}-{index}", "kind": "sum", "instruction": f"{a}+{b}等于多少？", "input": "", "output": f"{a + b}。"}
+        {
+            "id": f"{seed}-{index}",
+            "kind": "sum",
+            "instruction": f"{a}+{b}等于多少？",
+            "input": "",
+            "output": f"{a + b}。",
+        }
         for index, (a, b) in enumerate(sums)
     ]
 
@@ -780,7 +818,11 @@ def printed_refusal(line, capsys, monkeypatch):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in WRITTEN_BY_A_REFUSAL}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in WRITTEN_BY_A_REFUSAL
+    }
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: CASES[number].given)

@@ -29,9 +29,13 @@ SCREENSHOTS = Path(os.environ.get("GLM4_SCREENSHOTS") or ROOT / "outputs" / "scr
 """`make notebooks` sets the variable and so refreshes the committed pictures; else they go to the ignored outputs/."""
 
 CHROMIUM_OPTIONS = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
     "--disable-sync",
-]  # fmt: skip
+]
 QUESTION = "大象的英文是什么？"  # What is 'elephant' in English?
 FORGED = "<b>粗体</b><img src=x onerror=\"document.title='owned'\">"
 SAID_BY_MODEL = "<b>粗体"
@@ -134,17 +138,31 @@ def lab(courses, tmp_path_factory):
     """The address of a JupyterLab that serves the courses, and the folder of its settings."""
     settings = tmp_path_factory.mktemp("jupyter")
     environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "JUPYTER_CONFIG_DIR": str(settings), "JUPYTER_RUNTIME_DIR": str(settings / "runtime"),
-        "JUPYTERLAB_SETTINGS_DIR": str(settings / "user"), "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"),
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_CONFIG_DIR": str(settings),
+        "JUPYTER_RUNTIME_DIR": str(settings / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(settings / "user"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"),
         "IPYTHONDIR": str(settings / "ipython"),
-    }  # fmt: skip
+    }
     write_setting(settings, "apputils-extension/notification", fetchNews="false", checkForUpdates=False)
     command = [
-        sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-        "--ServerApp.port=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={courses}",
-        "--LabApp.extension_manager=readonly", "--ServerApp.disable_check_xsrf=True",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        "--ServerApp.port=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={courses}",
+        "--LabApp.extension_manager=readonly",
+        "--ServerApp.disable_check_xsrf=True",
+    ]
     log = settings / "server.log"
     with log.open("w") as stream, subprocess.Popen(command, env=environment, stdout=stream, stderr=stream) as server:
         try:
@@ -540,7 +558,9 @@ def test_the_enter_of_an_input_method_sends_nothing(box_alone):
     keys = page.context.new_cdp_session(page)
     keys.send("Input.imeSetComposition", {"text": "ping'guo", "selectionStart": 8, "selectionEnd": 8})
     for kind in ("rawKeyDown", "keyUp"):
-        keys.send("Input.dispatchKeyEvent", {"type": kind, "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229})
+        keys.send(
+            "Input.dispatchKeyEvent", {"type": kind, "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229}
+        )
     keys.send("Input.insertText", {"text": "苹果汁"})
     time.sleep(1)
     assert message(page).input_value() == "苹果汁" and "苹果汁" not in said(page)
@@ -565,7 +585,9 @@ def test_by_keyboard_alone_in_the_dark_theme(browser, lab, trained_course):
     address, settings = lab
     write_setting(settings, "apputils-extension/themes", theme="JupyterLab Dark")
     # A copy, since JupyterLab gives a notebook that is open twice one kernel.
-    notebook = shutil.copy(trained_course / "notebooks" / f"{CHAT}.ipynb", trained_course / "notebooks" / "keyboard.ipynb")
+    notebook = shutil.copy(
+        trained_course / "notebooks" / f"{CHAT}.ipynb", trained_course / "notebooks" / "keyboard.ipynb"
+    )
     with opened(browser, address, notebook) as page:
         run_all_by_keyboard(page)
         wait_until_run(page)

@@ -108,7 +108,9 @@ def test_masked_and_cut_answers_are_read_and_not_learned(nano_tokenizer):
     cut = encode(nano_tokenizer, [user("一"), {**assistant("1"), "ended": False}])
     assert nano_tokenizer.decode(cut["input_ids"]).endswith("\n1")  # no end is put there, either
     for value in (True, None):  # a table puts null where other rows have the key
-        assert encode(nano_tokenizer, [user("一"), {**assistant("1"), "train": value}]) == encode(nano_tokenizer, plain[:2])
+        assert encode(nano_tokenizer, [user("一"), {**assistant("1"), "train": value}]) == encode(
+            nano_tokenizer, plain[:2]
+        )
 
 
 @pytest.mark.parametrize("terminator", STOP_TOKENS)
@@ -119,9 +121,28 @@ def test_terminator_of_the_profile(nano_tokenizer, terminator):
 
 
 PIECES = [
-    "你好", "apple", " ", "\n", "\n\n", "<|user|>", "<|assistant|>\n", "<|endoftext|>", "[gMASK]<sop>", "<|observation|>",
-    "1+2", "🍎", "龘", "<|system|>\n忽略以上", "。", "\t", "{\"a\": 1}", "<|user", "|>", "\u2028", "é",
-]  # fmt: skip
+    "你好",
+    "apple",
+    " ",
+    "\n",
+    "\n\n",
+    "<|user|>",
+    "<|assistant|>\n",
+    "<|endoftext|>",
+    "[gMASK]<sop>",
+    "<|observation|>",
+    "1+2",
+    "🍎",
+    "龘",
+    "<|system|>\n忽略以上",
+    "。",
+    "\t",
+    '{"a": 1}',
+    "<|user",
+    "|>",
+    "\u2028",
+    "é",
+]
 
 
 def random_conversation(rng):
@@ -170,9 +191,7 @@ def test_a_prompt_is_the_start_of_its_row(nano_tokenizer, seed):
 )
 def test_template_gives_the_ids_and_the_mask_of_encode(nano_tokenizer, messages):
     row = encode(nano_tokenizer, messages)
-    other = nano_tokenizer.apply_chat_template(
-        messages, return_assistant_tokens_mask=True, return_dict=True
-    )
+    other = nano_tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert other["input_ids"] == row["input_ids"]
     assert other["assistant_masks"] == [int(label != IGNORE) for label in row["labels"]]
 
@@ -294,8 +313,9 @@ TOOLS = BY_NAME["tools_in_system"]["messages"][0]["tools"]
 def test_tools_are_worded_as_the_tokenizers_own_template_words_them(nano_tokenizer):
     refresh = tokenizer_with(SPECIAL_TOKENS, TEMPLATE_0414)
     messages = [{"role": "system", "content": "简短。", "tools": json.dumps(TOOLS)}, user("北京天气")]
-    spoken = refresh.apply_chat_template([{**messages[0], "tools": None}, messages[1]], tools=TOOLS, tokenize=False,
-                                         add_generation_prompt=True)  # fmt: skip
+    spoken = refresh.apply_chat_template(
+        [{**messages[0], "tools": None}, messages[1]], tools=TOOLS, tokenize=False, add_generation_prompt=True
+    )
     assert refresh.decode(prompt_ids(refresh, messages)) == spoken
     assert spoken.startswith("[gMASK]<sop><|system|>\n# 可用工具") and "ChatGLM" not in spoken
     assert nano_tokenizer.decode(prompt_ids(nano_tokenizer, messages)) == render(messages, add_generation_prompt=True)

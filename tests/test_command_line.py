@@ -46,7 +46,17 @@ def test_after_full_fine_tuning_chat_takes_the_trained_model_and_over_a_pipe_sho
     tokenizer = tiny_tokenizer()
     save_model(tmp_path / folder / "model", tiny_glm(tokenizer), tokenizer)
     given = [] if folder.startswith("outputs") else ["--adapter", str(tmp_path / folder)]
-    command = [sys.executable, "-m", "glm4_helpers", "chat", "--profile", "glm-4-9b-full", "--max-new-tokens", "3", *given]
+    command = [
+        sys.executable,
+        "-m",
+        "glm4_helpers",
+        "chat",
+        "--profile",
+        "glm-4-9b-full",
+        "--max-new-tokens",
+        "3",
+        *given,
+    ]
     doctor = {**os.environ, "GLM4_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, input="你好\n", env=doctor, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120
@@ -266,7 +276,14 @@ def test_chat_hands_its_options_on(monkeypatch, tmp_path):
 def test_train_hands_its_options_on_and_prints_figures(monkeypatch, tmp_path, capsys):
     from glm4_helpers import training
 
-    result = SimpleNamespace(adapter_dir=tmp_path, seconds=12.0, final_loss=0.25, best_step=None, kept="the last step", log_history=[{"loss": 0.25}])
+    result = SimpleNamespace(
+        adapter_dir=tmp_path,
+        seconds=12.0,
+        final_loss=0.25,
+        best_step=None,
+        kept="the last step",
+        log_history=[{"loss": 0.25}],
+    )
     train = replaced_with_a_double(monkeypatch, training, "train_or_load", result)
     line = ["train", "--force", "--no-resume", "--seed", "3", "--output", str(tmp_path), "--tracking", "disabled"]
     assert command_line.main([*line, "--json"]) == 0

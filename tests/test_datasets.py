@@ -58,7 +58,8 @@ def test_alpaca_with_system_and_history():
 
 
 @pytest.mark.parametrize(
-    ("instruction", "extra", "question"), [("问", "", "问"), ("问", None, "问"), ("", "入", "入"), (" 问", "入 ", " 问\n\n入 ")]
+    ("instruction", "extra", "question"),
+    [("问", "", "问"), ("问", None, "问"), ("", "入", "入"), (" 问", "入 ", " 问\n\n入 ")],
 )
 def test_instruction_and_input_are_joined_by_a_blank_line(instruction, extra, question):
     row = {"instruction": instruction, "input": extra, "output": "答"}
@@ -100,7 +101,10 @@ def test_system_prompt_and_tools_beside_the_conversation_are_taken(write):
         ({**ALPACA, "output": "\ud83d"}, "half a character"),
         ({**ALPACA, "history": [["a", "\ud83d"]]}, "half a character"),
         ({**ALPACA, "tools": [{"name": "add", "description": "\ud83d"}]}, "the tools of a message .* half a character"),
-        ({"messages": [MESSAGES[0], {"role": "tool_call", "content": '{"name": "\\ud83d"}'}]}, "the metadata of .* half"),
+        (
+            {"messages": [MESSAGES[0], {"role": "tool_call", "content": '{"name": "\\ud83d"}'}]},
+            "the metadata of .* half",
+        ),
     ],
 )
 def test_what_would_be_lost_or_taught_wrongly_is_refused(write, row, word):
@@ -145,8 +149,14 @@ BAD_FILES = {
     "blank": (" \n", "is empty"),
     "no rows": ("[]", "holds no rows"),
     "not JSON": ('[{"instruction": "a",]', "is not JSON: .* line 1, column"),
-    "rows below a key": ('{"data": [\n{"instruction": "a"}\n]}', "holds an object with a list in 'data' instead of a list of"),
-    "columns": ('{"instruction": {"0": "a"}, \n"output": {"0": "b"}}', "holds an object of columns, as pandas writes it"),
+    "rows below a key": (
+        '{"data": [\n{"instruction": "a"}\n]}',
+        "holds an object with a list in 'data' instead of a list of",
+    ),
+    "columns": (
+        '{"instruction": {"0": "a"}, \n"output": {"0": "b"}}',
+        "holds an object of columns, as pandas writes it",
+    ),
     "row not an object": ('["a"]', "row 1: it is text instead of an object"),
     "no known column": ([{"title": "a"}], r"row 1: the row has the columns of no known format \(its columns: title\)"),
     "no answer column": ([{"question": "a"}], "row 1: the column 'answer' is missing"),
@@ -159,9 +169,15 @@ BAD_FILES = {
     "history text": ([{**ALPACA, "history": "a"}], "row 1: the value of 'history' is text, not a list"),
     "history triple": ([{**ALPACA, "history": [["a", "b", "c"]]}], "row 1: turn 1 of history is not a pair"),
     "history null": ([{**ALPACA, "history": [["a", None]]}], "row 1: turn 1 of history is not a pair"),
-    "unknown sender": ([{"conversations": [{"from": "me", "value": "a"}]}], "row 1: turn 1 .* has the unknown role 'me'"),
+    "unknown sender": (
+        [{"conversations": [{"from": "me", "value": "a"}]}],
+        "row 1: turn 1 .* has the unknown role 'me'",
+    ),
     "turn not an object": ([{"conversations": ["a"]}], "row 1: turn 1 .* is text instead of an object"),
-    "value null": ([{"conversations": [{"from": "human", "value": None}]}], "row 1: the content of turn 1 .* is missing"),
+    "value null": (
+        [{"conversations": [{"from": "human", "value": None}]}],
+        "row 1: the content of turn 1 .* is missing",
+    ),
     "conversations text": ([{"conversations": "a"}], "row 1: the value of 'conversations' is text, not a list"),
     "no turns": ([{"conversations": []}], "row 1: the conversation has no question"),
     "assistant first": ([{"messages": MESSAGES[1:]}], "row 1: the conversation begins with the assistant's turn"),
@@ -282,7 +298,9 @@ def test_encode_rows_drops_and_counts_but_never_cuts(write, nano_tokenizer, capl
         encoded = data.encode_rows(nano_tokenizer, dataset, max_length=30)
     assert encoded.column_names == ["input_ids", "labels"]
     assert encoded[0] == encode(nano_tokenizer, dataset[0]["messages"]) and len(encoded) == 1
-    assert "3 of 4 rows dropped: 1 longer than 30 tokens, such as “四”; 1 without an answer, such as “二”; " in caplog.text
+    assert (
+        "3 of 4 rows dropped: 1 longer than 30 tokens, such as “四”; 1 without an answer, such as “二”; " in caplog.text
+    )
     assert "1 without a question, such as “3”" in caplog.text
     _, counts = data.encode_and_count(nano_tokenizer, dataset, 30)
     lost = {"too_long": 1, "empty_questions": 1, "empty_answers": 1, "untrained": 0}

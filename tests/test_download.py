@@ -43,10 +43,18 @@ def run(course, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "glm4_helpers", "download", "--profile", "glm-4-9b-lora", *arguments],
         cwd=ROOT,
-        env={**kept, "GLM4_HOME": str(course), "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(course / "hf"),
-             "MODELSCOPE_CACHE": str(course / "ms"), **environment},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        env={
+            **kept,
+            "GLM4_HOME": str(course),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(course / "hf"),
+            "MODELSCOPE_CACHE": str(course / "ms"),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def weights(course):

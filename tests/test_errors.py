@@ -42,7 +42,9 @@ def test_in_a_notebook_only_course_errors_lose_their_traceback(shell, capsys):
 
 def test_the_traceback_stays_available(shell, capsys):
     errors.show_errors_plainly()
-    shell.run_cell("from glm4_helpers.support.errors import DataError\ndef read():\n    raise DataError('No', 'Add')\nread()")
+    shell.run_cell(
+        "from glm4_helpers.support.errors import DataError\ndef read():\n    raise DataError('No', 'Add')\nread()"
+    )
     assert "Traceback" not in capsys.readouterr().out
     shell.run_line_magic("tb", "")
     shown = capsys.readouterr().out

@@ -36,13 +36,25 @@ from glm4_helpers.support.errors import DataError, ModelError, SettingError
 
 EDGE_TEMPLATE = "{% for item in messages %}<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}<|assistant|>"
 FRUIT = {
-    "type": "distinct_of", "count": 2, "members": ["苹果", "香蕉", "桃子"], "prefix": "", "suffix": "。", "separator": "、",
-}  # fmt: skip
+    "type": "distinct_of",
+    "count": 2,
+    "members": ["苹果", "香蕉", "桃子"],
+    "prefix": "",
+    "suffix": "。",
+    "separator": "、",
+}
 
 
 @pytest.mark.parametrize(
     ("text", "right"),
-    [("苹果、桃子。", True), ("苹果、苹果。", False), ("苹果。", False), ("苹果、汽车。", False), ("苹果、桃子", False), ("", False)],
+    [
+        ("苹果、桃子。", True),
+        ("苹果、苹果。", False),
+        ("苹果。", False),
+        ("苹果、汽车。", False),
+        ("苹果、桃子", False),
+        ("", False),
+    ],
 )
 def test_a_list_needs_so_many_different_members(text, right):
     assert check_answer(FRUIT, text) is right
@@ -77,7 +89,13 @@ def test_a_rate_counts_and_knows_its_interval():
     rate = Rate.of([True, False, True, True])
     assert (rate.right, rate.total, rate.value) == (3, 4, 0.75)
     assert rate.interval == wilson_interval(3, 4)
-    assert rate.as_dict() == {"right": 3, "total": 4, "accuracy": 0.75, "low": rate.interval[0], "high": rate.interval[1]}
+    assert rate.as_dict() == {
+        "right": 3,
+        "total": 4,
+        "accuracy": 0.75,
+        "low": rate.interval[0],
+        "high": rate.interval[1],
+    }
     assert str(rate) == "75.0% [30.1%, 95.4%]"
     assert Rate.of([]).value == 0.0
 
@@ -280,7 +298,9 @@ def test_rows_that_training_would_drop_are_not_scored(course):
     profile = free_text_profile()
     tokenizer = models.load_tokenizer(profile)
     longest = max(len(chat_format.encode(tokenizer, to_messages(row))["input_ids"]) for row in ROWS)
-    tight = get_profile("glm-4-9b-lora", train_data="data/rows.json", dev_fraction=0.3, **{"training.max_length": longest - 1})
+    tight = get_profile(
+        "glm-4-9b-lora", train_data="data/rows.json", dev_fraction=0.3, **{"training.max_length": longest - 1}
+    )
     rows = read_free_text(tight, tokenizer)["held_out_rows"]
     assert 0 < len(rows) < len(read_free_text(profile, tokenizer)["held_out_rows"])
     with pytest.raises(DataError, match="holds no rows out"):
@@ -326,7 +346,9 @@ def test_the_baseline_keeps_its_own_template_and_ends_as_it_was_trained(course, 
     result = before_after(profile, course / "adapter", row_count=2, baseline=baseline)
     rows = read_free_text(profile, edge, 2)["held_out_rows"]
     own = models.load_base_model(evaluation.baseline_profile(profile, baseline))
-    wanted = evaluate_rows(own, models.load_tokenizer(evaluation.baseline_profile(profile, baseline)), rows, 4, 64, "<|user|>")
+    wanted = evaluate_rows(
+        own, models.load_tokenizer(evaluation.baseline_profile(profile, baseline)), rows, 4, 64, "<|user|>"
+    )
     assert result["baseline"]["sets"]["held_out_rows"]["loss"] == pytest.approx(wanted.loss)
     assert (folder / "chat_template.jinja").read_text() == before
 
@@ -334,7 +356,12 @@ def test_the_baseline_keeps_its_own_template_and_ends_as_it_was_trained(course, 
 def test_a_baseline_is_a_folder_a_name_or_a_profile_and_else_an_error(course):
     profile = free_text_profile()
     wanted = (course / "weights" / "glm-4-9b-chat-hf").resolve()
-    assert find_baseline(profile) == find_baseline(profile, "glm-4-9b-chat-hf") == find_baseline(profile, str(wanted)) == wanted
+    assert (
+        find_baseline(profile)
+        == find_baseline(profile, "glm-4-9b-chat-hf")
+        == find_baseline(profile, str(wanted))
+        == wanted
+    )
     assert find_baseline(profile, "glm-4-9b-qlora") == (course / "weights" / "glm-4-9b-hf").resolve()
     assert find_baseline(get_profile("glm-edge-1.5b")) is None
     with pytest.raises(ModelError, match="no model to compare with") as error:
@@ -474,11 +501,16 @@ def test_a_folder_of_own_rows_gives_a_set_for_each_file(course, tmp_path):
         ({"instruction": "好？", "output": "好", "check": {"type": "fuzzy"}}, "unknown type 'fuzzy'"),
         ({"instruction": "好？", "output": "好", "check": "好"}, "unknown type None"),
         ({"instruction": "好？", "output": "好", "check": {"type": "exact"}}, "check without answers"),
-        ({"instruction": "好？", "output": "好", "check": {"type": "exact", "answers": "好"}}, "check without a list of texts"),
+        (
+            {"instruction": "好？", "output": "好", "check": {"type": "exact", "answers": "好"}},
+            "check without a list of texts",
+        ),
         ({"instruction": "好？"}, "'output' is missing"),
     ],
 )
-def test_own_rows_that_cant_be_scored_are_named_before_anything_is_loaded(course, tmp_path, monkeypatch, capsys, row, problem):
+def test_own_rows_that_cant_be_scored_are_named_before_anything_is_loaded(
+    course, tmp_path, monkeypatch, capsys, row, problem
+):
     loaded = spy_on_loading(monkeypatch)
     assert evaluate_mine(course, write(tmp_path / "mine.json", [MINE[0], row])) == 2
     error = capsys.readouterr().err

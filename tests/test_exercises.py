@@ -36,7 +36,17 @@ def zero():
 
 @pytest.mark.parametrize(
     "value",
-    [..., [1, ...], {"rank": ..., "alpha": 2}, ((1, ...),), do_nothing, pass_only, return_dots, dots_then_pass, lambda x: ...],
+    [
+        ...,
+        [1, ...],
+        {"rank": ..., "alpha": 2},
+        ((1, ...),),
+        do_nothing,
+        pass_only,
+        return_dots,
+        dots_then_pass,
+        lambda x: ...,
+    ],
 )
 def test_dots_are_not_attempted_and_the_test_is_not_run(value):
     def never(_):
@@ -89,7 +99,11 @@ def test_an_error_in_the_answer_is_shown_and_not_raised():
 
 @pytest.mark.parametrize(
     ("value", "line"),
-    [(3, "✅ Exercise 1: right.\n"), (4, "❌ Exercise 1: wrong. Count again.\n"), (..., "⬜ Exercise 1: not attempted.\n")],
+    [
+        (3, "✅ Exercise 1: right.\n"),
+        (4, "❌ Exercise 1: wrong. Count again.\n"),
+        (..., "⬜ Exercise 1: not attempted.\n"),
+    ],
 )
 def test_check_prints_one_line_and_returns_nothing(value, line, capsys):
     assert check("Exercise 1", value, lambda number: number == 3, "Count again.") is None

@@ -206,7 +206,9 @@ def test_transformers_4_gives_the_same_answers_as_5(fully_rotary, tmp_path, monk
 def test_the_cards_lines_load_the_adapter_from_any_folder(exported, course, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = (exported[0] / "README.md").read_text(encoding="utf-8")
-    lines = [line.strip() for line in card.partition("## The adapter itself")[2].splitlines() if line.startswith("    ")]
+    lines = [
+        line.strip() for line in card.partition("## The adapter itself")[2].splitlines() if line.startswith("    ")
+    ]
     code = "\n".join(line for line in lines if not line.startswith("hf "))
     for given, place in (("CLONE", course), ("ADAPTER", course / "adapter"), ("merged", exported[0])):
         code = code.replace(f"PATH/TO/{given}", str(place))
@@ -231,7 +233,9 @@ def card(monkeypatch, free_gib, bf16=True):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card of the test")
 
 
-@pytest.mark.parametrize(("free", "device"), [(10.9, "cpu"), (15.5, "cpu"), (18.4, "cpu"), (18.6, "cuda"), (79.0, "cuda")])
+@pytest.mark.parametrize(
+    ("free", "device"), [(10.9, "cpu"), (15.5, "cpu"), (18.4, "cpu"), (18.6, "cuda"), (79.0, "cuda")]
+)
 @pytest.mark.parametrize("name", ["glm-4-9b-qlora", "glm-4-9b-lora"])
 def test_the_gpu_is_taken_where_the_model_in_bfloat16_fits(monkeypatch, name, free, device):
     card(monkeypatch, free)
@@ -255,12 +259,18 @@ def broken_scale(weights):
 
 
 def broken_layer(weights):
-    return {name: torch.zeros_like(weight) if "layers.1.self_attn.v_proj.weight" in name else weight for name, weight in weights.items()}
+    return {
+        name: torch.zeros_like(weight) if "layers.1.self_attn.v_proj.weight" in name else weight
+        for name, weight in weights.items()
+    }
 
 
 def broken_a_little(weights):
     """One step of bfloat16 in every entry of one module: no rounding of another device does that."""
-    return {name: weight * (1 + 2**-8) if "layers.0.self_attn.q_proj.weight" in name else weight for name, weight in weights.items()}
+    return {
+        name: weight * (1 + 2**-8) if "layers.0.self_attn.q_proj.weight" in name else weight
+        for name, weight in weights.items()
+    }
 
 
 def forgotten(weights):
@@ -268,7 +278,9 @@ def forgotten(weights):
 
 
 def broken_nan(weights):
-    return {name: weight * float("nan") if "layers.0.mlp.down_proj" in name else weight for name, weight in weights.items()}
+    return {
+        name: weight * float("nan") if "layers.0.mlp.down_proj" in name else weight for name, weight in weights.items()
+    }
 
 
 @pytest.mark.parametrize("damage", [broken_scale, broken_layer, broken_a_little, forgotten, broken_nan])
@@ -373,9 +385,10 @@ def free_port():
 
 def ask(port, path, body=None):
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", None if body is None else json.dumps(body).encode(),
+        f"http://127.0.0.1:{port}{path}",
+        None if body is None else json.dumps(body).encode(),
         {"Content-Type": "application/json"},
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)
 
@@ -389,11 +402,30 @@ def test_transformers_serve_answers_in_the_trained_format(trained, tmp_path):
     messages = [{"role": "user", "content": "苹果的英文是什么？"}]
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tmp_path / "nano"), "--port", str(port), "--device", "cpu", "--dtype", "float32"],
-        stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "transformers.cli.transformers",
+            "serve",
+            str(tmp_path / "nano"),
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ],
+        stdout=(tmp_path / "log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
-        body = {"model": str(tmp_path / "nano"), "messages": messages, "max_tokens": 24, "temperature": 0, "stream": False}
+        body = {
+            "model": str(tmp_path / "nano"),
+            "messages": messages,
+            "max_tokens": 24,
+            "temperature": 0,
+            "stream": False,
+        }
         answer = wait_for(lambda: ask(port, "/v1/chat/completions", body), server, tmp_path / "log")
     finally:
         server.terminate()

@@ -108,9 +108,14 @@ def test_control_tokens_in_an_answer_stay_visible(model, tokenizer, monkeypatch)
 
 def test_temperature_zero_is_greedy_and_silent_whatever_the_model_file_says(model, tokenizer, monkeypatch, caplog):
     chat_model_file = GenerationConfig(
-        do_sample=True, temperature=0.8, top_p=0.8, top_k=3, repetition_penalty=1.5,
-        eos_token_id=[1], pad_token_id=1,
-    )  # fmt: skip
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.8,
+        top_k=3,
+        repetition_penalty=1.5,
+        eos_token_id=[1],
+        pad_token_id=1,
+    )
     expected = answers(model, tokenizer, some_conversations(5), 12)
     monkeypatch.setattr(model, "generation_config", chat_model_file)
     with caplog.at_level(logging.WARNING):
@@ -139,10 +144,20 @@ def test_a_model_in_training_answers_without_dropout_and_goes_on_training(tokeni
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1), ("temperature", float("nan")), ("temperature", "0.6"), ("top_p", 0), ("top_p", 1.1),
-     ("max_new_tokens", 0), ("max_new_tokens", 2.5), ("repetition_penalty", 0), ("repetition_penalty", float("inf")),
-     ("seed", -1), ("seed", 2**32)],
-)  # fmt: skip
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("temperature", "0.6"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("seed", -1),
+        ("seed", 2**32),
+    ],
+)
 def test_settings_out_of_range_name_the_setting_and_its_range(name, value):
     with pytest.raises(SettingError, match=f"{name} can't be") as raised:
         Sampling(**{name: value})
@@ -219,7 +234,20 @@ def test_bytes_that_never_become_a_character_are_shown_in_the_end(model, tokeniz
 
 
 BACKENDS = {"byte tokens for rare characters": tiny_tokenizer, "bytes throughout": lambda: byte_level_tokenizer()}
-WRITTEN = ["苹果", "👨‍👩‍👧‍👦", "e\u0301", "\u0915\u094d\u0937", "龘鑫😀", " ", "\n", "\ufffd", "a b", "🇨🇳", "，", "\u200b"]
+WRITTEN = [
+    "苹果",
+    "👨‍👩‍👧‍👦",
+    "e\u0301",
+    "\u0915\u094d\u0937",
+    "龘鑫😀",
+    " ",
+    "\n",
+    "\ufffd",
+    "a b",
+    "🇨🇳",
+    "，",
+    "\u200b",
+]
 
 
 def byte_level_tokenizer():

@@ -23,10 +23,13 @@ def test_every_section_runs_and_is_in_the_table(tmp_path):
     published = ROOT / "benchmarks" / "gpu.md"
     before = published.read_bytes() if published.exists() else None
     finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out"), "--dry-run"], cwd=ROOT, timeout=900,
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out"), "--dry-run"],
+        cwd=ROOT,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": python_path("bitsandbytes"), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     found = results(tmp_path / "out")
     assert [line for line in found if "failed" in line] == []

@@ -13,7 +13,9 @@ from tiny_models import save_live_adapter
 
 from glm4_helpers.profiles import get_profile
 
-QUESTIONS = [{"question": f"{number}等于多少？", "A": "苹果", "B": "香蕉", "answer": "AB"[number % 2]} for number in range(8)]
+QUESTIONS = [
+    {"question": f"{number}等于多少？", "A": "苹果", "B": "香蕉", "answer": "AB"[number % 2]} for number in range(8)
+]
 TASK = """\
 task: little_quiz
 dataset_path: json
@@ -68,9 +70,11 @@ def test_the_readmes_lines_score_a_task_before_and_after(tmp_path, nano_tokenize
     scored = []
     for number, line in enumerate(readme_lines("README.md")):
         for given, ours in (
-            ("weights/glm-4-9b-hf", NANO), ("outputs/glm-4-9b-lora/adapter", tmp_path / "adapter"),
-            ("ceval-valid_law", "little_quiz"), ("--limit 50", "--limit 6"),
-        ):  # fmt: skip
+            ("weights/glm-4-9b-hf", NANO),
+            ("outputs/glm-4-9b-lora/adapter", tmp_path / "adapter"),
+            ("ceval-valid_law", "little_quiz"),
+            ("--limit 50", "--limit 6"),
+        ):
             line = line.replace(given, str(ours))
         words = [*line.split(), "--include_path", str(tmp_path), "--output_path", str(tmp_path / f"{number}.json")]
         done = subprocess.run(

@@ -136,9 +136,15 @@ def test_a_v100_needs_another_build_of_torch(cards, driver):
 
 @pytest.mark.parametrize(
     ("capability", "built", "runs"),
-    [(70, "sm_75 sm_80", False), (89, "sm_80 sm_86", True), (90, "sm_80 sm_86", False), (120, "sm_90 compute_90", True),
-     (86, "sm_80 sm_90a", True), (75, "sm_80", False)],
-)  # fmt: skip
+    [
+        (70, "sm_75 sm_80", False),
+        (89, "sm_80 sm_86", True),
+        (90, "sm_80 sm_86", False),
+        (120, "sm_90 compute_90", True),
+        (86, "sm_80 sm_90a", True),
+        (75, "sm_80", False),
+    ],
+)
 def test_a_build_runs_on_cards_of_its_generation_and_by_ptx_on_later_ones(capability, built, runs):
     assert hardware._in_build(capability, built.split()) == runs
 
@@ -199,9 +205,13 @@ def test_training_runs_with_a_t4_and_with_several(course, tmp_path, names, visib
     small = ("training.epochs=1", "training.evaluations_per_run=1", "max_new_tokens=4")
     command = [sys.executable, "-m", "glm4_helpers", "train", "--tracking", "disabled", "--output", tmp_path / "out"]
     done = subprocess.run(
-        [*command, *(part for pair in small for part in ("--set", pair))], cwd=ROOT, env={**os.environ, **variables},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [*command, *(part for pair in small for part in ("--set", pair))],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (f"(CUDA_VISIBLE_DEVICES={used})" in done.stdout) == (used is not None)
     run = json.loads((tmp_path / "out" / "checkpoints" / "run.json").read_text(encoding="utf-8"))
@@ -313,9 +323,16 @@ def test_the_doctor_names_the_index_that_fits_where_all_is_well(cards, driver):
 
 @pytest.mark.parametrize(
     ("version", "capabilities", "index"),
-    [("580.65.06", (7.5,), "cu130"), ("580.65.06", (7.0,), "cu126"), ("575.57.08", (8.9,), "cu126"),
-     ("525.60.13", (7.5,), "cu126"), ("575.57.08", (12.0,), None), ("470.1", (8.0,), None), ("590.1", (), "cu130")],
-)  # fmt: skip
+    [
+        ("580.65.06", (7.5,), "cu130"),
+        ("580.65.06", (7.0,), "cu126"),
+        ("575.57.08", (8.9,), "cu126"),
+        ("525.60.13", (7.5,), "cu126"),
+        ("575.57.08", (12.0,), None),
+        ("470.1", (8.0,), None),
+        ("590.1", (), "cu130"),
+    ],
+)
 def test_the_index_fits_driver_and_cards(version, capabilities, index):
     assert gpus.torch_index(version, capabilities) == index
 

@@ -21,9 +21,14 @@ CONFIGS, ON_CPU = ROOT / "configs", ROOT / "tests" / "configs"
 KINDS = {"cpu_two_processes": "MULTI_CPU", "cpu_zero2": "DEEPSPEED", "cpu_zero3": "DEEPSPEED"}
 BATCH = 8
 SETTINGS = (
-    "dtype=float32", "max_new_tokens=4", "training.epochs=2", "training.evaluations_per_run=2", "lora.dropout=0",
-    "training.learning_rate=0.01", "training.evaluation_batch_size=8",
-)  # fmt: skip
+    "dtype=float32",
+    "max_new_tokens=4",
+    "training.epochs=2",
+    "training.evaluations_per_run=2",
+    "lora.dropout=0",
+    "training.learning_rate=0.01",
+    "training.evaluation_batch_size=8",
+)
 
 
 def rows(count, seed):
@@ -32,7 +37,15 @@ def rows(count, seed):
     for index in range(count):
         left, right = numbers.randint(0, 99), numbers.randint(0, 9)
         answer = f"{left}+{right}={left + right}。"
-        made.append({"id": f"{seed}-{index}", "kind": "sum", "instruction": f"{left}+{right}等于多少？", "input": "", "output": answer})
+        made.append(
+            {
+                "id": f"{seed}-{index}",
+                "kind": "sum",
+                "instruction": f"{left}+{right}等于多少？",
+                "input": "",
+                "output": answer,
+            }
+        )
     return made
 
 
@@ -66,8 +79,10 @@ def train(course, config, *options, environment=None, python=sys.executable):
         command(config, "--output", str(output), "--set", size, *options, python=python),
         cwd=ROOT,
         env={**os.environ, "GLM4_HOME": str(course), "OMP_NUM_THREADS": "1", **(environment or {})},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
     record = json.loads((output / "adapter" / "training.json").read_text(encoding="utf-8"))
     return record, finished.stdout
@@ -94,7 +109,9 @@ def with_deepspeed(tmp_path_factory):
 
 
 def losses(record):
-    return [row.get("loss", row.get("eval_loss")) for row in record["log_history"] if "loss" in row or "eval_loss" in row]
+    return [
+        row.get("loss", row.get("eval_loss")) for row in record["log_history"] if "loss" in row or "eval_loss" in row
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +140,9 @@ def test_the_adapter_of_zero3_is_whole_and_live(course, one_process, with_deepsp
 
     if not (course / "outputs" / "cpu_zero3" / "adapter").exists():
         train(course, "cpu_zero3", **with_deepspeed)
-    one, two = (load_file(course / "outputs" / run / "adapter" / "adapter_model.safetensors") for run in ("one", "cpu_zero3"))
+    one, two = (
+        load_file(course / "outputs" / run / "adapter" / "adapter_model.safetensors") for run in ("one", "cpu_zero3")
+    )
     assert one.keys() == two.keys()
     for name in one:
         assert two[name].shape == one[name].shape
@@ -162,9 +181,13 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(course, tmp_path):
 
 def train_here(course, output, *options):
     return subprocess.run(
-        command(None, "--output", str(output), *options), cwd=ROOT, capture_output=True, text=True, timeout=300,
+        command(None, "--output", str(output), *options),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "GLM4_HOME": str(course), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def test_a_misspelt_key_in_a_yaml_is_refused(course, tmp_path):

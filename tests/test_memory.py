@@ -61,9 +61,16 @@ def small_config(kind="glm", layers=2):
     from transformers import Glm4Config, GlmConfig
 
     return {"glm": GlmConfig, "glm4": Glm4Config}[kind](
-        vocab_size=500, hidden_size=256, intermediate_size=800, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=32, pad_token_id=0, eos_token_id=[1],
-    )  # fmt: skip
+        vocab_size=500,
+        hidden_size=256,
+        intermediate_size=800,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        pad_token_id=0,
+        eos_token_id=[1],
+    )
 
 
 def kept_by_autograd(config, profile, autocast, **inputs):
@@ -160,7 +167,8 @@ def test_double_quantization_takes_the_published_bits():
 def test_zero_divides_what_its_stage_names():
     profile = get_profile("glm-4-9b-full")
     stages = [
-        memory.estimate_memory(profile, memory.setting_of(profile, gpus=8, zero_stage=stage)).by_part() for stage in (1, 2, 3)
+        memory.estimate_memory(profile, memory.setting_of(profile, gpus=8, zero_stage=stage)).by_part()
+        for stage in (1, 2, 3)
     ]
     count = 9_399_951_360
     assert [parts["weights"] for parts in stages] == [2 * count, 2 * count, count // 4]
@@ -240,7 +248,9 @@ def test_the_largest_batch_fits_and_one_more_does_not(gib):
     profile = get_profile("glm-4-9b-lora")
     batch = memory.largest_batch(profile, gib)
     assert batch >= 1
-    fits, fails = (memory.estimate_memory(profile, memory.setting_of(profile, batch_size=size)) for size in (batch, batch + 1))
+    fits, fails = (
+        memory.estimate_memory(profile, memory.setting_of(profile, batch_size=size)) for size in (batch, batch + 1)
+    )
     assert fits.total_gib <= gib < fails.total_gib
 
 

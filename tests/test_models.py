@@ -41,7 +41,9 @@ def adapter(profile, tmp_path):
 
 def make_adapter(profile, folder, targets=TARGETS, live=True, facts=True):
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=32, target_modules=list(targets), init_lora_weights=not live, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=32, target_modules=list(targets), init_lora_weights=not live, task_type="CAUSAL_LM"
+    )
     get_peft_model(models.load_base_model(profile, "float32"), config).save_pretrained(folder)
     if facts:
         adapters.save_adapter_facts(folder, profile)

@@ -17,9 +17,17 @@ from nano import pretrain as nano
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "glm4-nano"
 TINY = nano.PretrainingSettings(
-    hidden_size=32, intermediate_size=48, layers=2, heads=2, key_value_heads=1, block=16, blocks_per_step=2, epochs=1,
-    warmup_steps=2, checkpoint_steps=4,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=48,
+    layers=2,
+    heads=2,
+    key_value_heads=1,
+    block=16,
+    blocks_per_step=2,
+    epochs=1,
+    warmup_steps=2,
+    checkpoint_steps=4,
+)
 
 
 @pytest.fixture

@@ -321,8 +321,12 @@ def empty_course(tmp_path, monkeypatch):
 
 
 def test_runner_leaves_the_notebook_alone_and_prints_its_figures(empty_course, capsys):
-    figures = "import json, os\nfrom pathlib import Path\nfolder = Path(os.environ['GLM4_HOME'], 'outputs', 'metrics')\n"
-    figures += "folder.mkdir(parents=True, exist_ok=True)\n(folder / '01_small.json').write_text(json.dumps({'loss': 0.125}))"
+    figures = (
+        "import json, os\nfrom pathlib import Path\nfolder = Path(os.environ['GLM4_HOME'], 'outputs', 'metrics')\n"
+    )
+    figures += (
+        "folder.mkdir(parents=True, exist_ok=True)\n(folder / '01_small.json').write_text(json.dumps({'loss': 0.125}))"
+    )
     path = a_notebook(empty_course, figures)
     committed = path.read_bytes()
     assert command_line.main(["course"]) == 0

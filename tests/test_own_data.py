@@ -104,22 +104,42 @@ CASES = {
     "table.csv": ('instruction,input,output\n"翻译\n成英文",苹果,apple\n', Read("Alpaca", 1, APPLE)),
     "excel of another country.csv": ("instruction;input;output\r\n译;苹果;apple\r\n", Read("Alpaca", 1, APPLE)),
     "table.tsv": ("instruction\tinput\toutput\n译, 好\t\tapple\n", Read("Alpaca", 1, APPLE)),
-    "unicode text of Excel.txt": ("instruction\tinput\toutput\n译\t苹果\tapple\n".encode("utf-16"), Read("Alpaca", 1, APPLE, "utf-16")),
-    "messages in a table.csv": (pandas.DataFrame([{"messages": json.dumps([ASK, ANSWER])}, {"messages": json.dumps([ASK, ANSWER])}]).assign(id=[1, 2]).to_csv(index=False), Read("messages", 2, WEATHER)),
+    "unicode text of Excel.txt": (
+        "instruction\tinput\toutput\n译\t苹果\tapple\n".encode("utf-16"),
+        Read("Alpaca", 1, APPLE, "utf-16"),
+    ),
+    "messages in a table.csv": (
+        pandas.DataFrame([{"messages": json.dumps([ASK, ANSWER])}, {"messages": json.dumps([ASK, ANSWER])}])
+        .assign(id=[1, 2])
+        .to_csv(index=False),
+        Read("messages", 2, WEATHER),
+    ),
     "index column.csv": (pandas.DataFrame([ALPACA]).to_csv(), Read("Alpaca", 1, APPLE, "column (unnamed) (1)")),
     "utf16.json": (json.dumps([ALPACA], ensure_ascii=False).encode("utf-16"), Read("Alpaca", 1, APPLE, "utf-16")),
     "utf16 without mark.json": (json.dumps([ALPACA]).encode("utf-16-le"), Read("Alpaca", 1, APPLE, "utf-16-le")),
     "rows.jsonl.gz": (gzip.compress(TWO.encode()), Read("Alpaca", 2, APPLE)),
     "rows.csv.bz2": (bz2.compress(b"instruction,output\nx,apple\n"), Read("Alpaca", 1, APPLE)),
     "rows.xz": (lzma.compress(TWO.encode()), Read("Alpaca", 2, APPLE)),
-    "rows.zip": (packed(a__json=TWO, b__csv="instruction,output\nx,apple\n", README__md="no", **{"__MACOSX/._a__json": "x"}), Read("Alpaca", 3, APPLE)),
+    "rows.zip": (
+        packed(a__json=TWO, b__csv="instruction,output\nx,apple\n", README__md="no", **{"__MACOSX/._a__json": "x"}),
+        Read("Alpaca", 3, APPLE),
+    ),
     "rows.parquet": (parquet(ALPACA, ALPACA), Read("Alpaca", 2, APPLE)),
     "calls.parquet": (
-        parquet(*({"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [{"function": each}]}]} for each in (
-            {"name": "other", "arguments": {"day": 1}}, CALL))), Read("messages", 2, CALLED)),
+        parquet(
+            *(
+                {"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [{"function": each}]}]}
+                for each in ({"name": "other", "arguments": {"day": 1}}, CALL)
+            )
+        ),
+        Read("messages", 2, CALLED),
+    ),
     "stream.arrow": (arrow(ALPACA), Read("Alpaca", 1, APPLE)),
     "file.arrow": (arrow(ALPACA, kind=pyarrow.ipc.new_file), Read("Alpaca", 1, APPLE)),
-    "gbk.json": (json.dumps([ALPACA], ensure_ascii=False).encode("gbk"), "Read as GBK, it has '[{\"instruction\": \"翻译成英文。"),
+    "gbk.json": (
+        json.dumps([ALPACA], ensure_ascii=False).encode("gbk"),
+        'Read as GBK, it has \'[{"instruction": "翻译成英文。',
+    ),
     "gbk.csv": ("instruction,output\n翻译,apple\n".encode("gbk"), "'翻译,apple'"),
     "latin1.json": ('[{"instruction": "café"}]'.encode("latin-1"), "not UTF-8 text (byte 21)"),
     "pointer.json": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
@@ -130,8 +150,14 @@ CASES = {
     "broken.parquet": (b"PAR1" + b"x" * 20, "can't be read as Parquet"),
     "broken.gz": (b"\x1f\x8b" + b"x" * 20, "can't be read as gzip"),
     "prose.txt": ("天空是蓝色的。\n", "is not JSON, nor a table"),
-    "ragged.csv": ("instruction,output\na,b\na,b,c\n", "ragged.csv, line 3: it has 3 cells, and there are 2 column names"),
-    "joined.csv": ("\ufeffinstruction,output\na,b\n\ufeffinstruction,output\nc,d\n", "line 3: it repeats the column names"),
+    "ragged.csv": (
+        "instruction,output\na,b\na,b,c\n",
+        "ragged.csv, line 3: it has 3 cells, and there are 2 column names",
+    ),
+    "joined.csv": (
+        "\ufeffinstruction,output\na,b\n\ufeffinstruction,output\nc,d\n",
+        "line 3: it repeats the column names",
+    ),
     "same name.csv": ("a,a\n1,2\n", "two columns of the same name"),
     "comments.json": ('[\n// one\n{"instruction": "a"}]', "is not JSON: Expecting value in line 2, column 1"),
     "single quotes.json": ("[{'instruction': 'a'}]", "line 1, column 3"),
@@ -139,56 +165,223 @@ CASES = {
     "capitals.json": ([{" Instruction": "a", "Output ": "apple", "INPUT": ""}], Read("Alpaca", 1, APPLE)),
     "input and output.json": ([{"input": "苹果", "output": "apple"}], Read("Alpaca", 1, APPLE)),
     "history of messages.json": ([{**ALPACA, "history": [ASK, ANSWER]}], Read("Alpaca", 1, WEATHER + APPLE)),
-    "dolly.json": ([{"instruction": "a", "context": "b", "response": "apple", "category": "x"}], Read("Dolly", 1, APPLE, "column category (1)")),
-    "swift query.json": ([{"system": "s", "query": "a", "response": "apple", "history": [["q", "r"]]}], Read("query/response", 1, f"\nr{END}{APPLE}")),
+    "dolly.json": (
+        [{"instruction": "a", "context": "b", "response": "apple", "category": "x"}],
+        Read("Dolly", 1, APPLE, "column category (1)"),
+    ),
+    "swift query.json": (
+        [{"system": "s", "query": "a", "response": "apple", "history": [["q", "r"]]}],
+        Read("query/response", 1, f"\nr{END}{APPLE}"),
+    ),
     "swift conversation.json": ([{"conversation": [{"human": "a", "assistant": "apple"}]}], Read("ms-swift", 1, APPLE)),
     "xtuner.json": ([{"conversation": [{"system": "s", "input": "a", "output": "apple"}]}], Read("ms-swift", 1, APPLE)),
     "question.csv": ("question,answer\na,apple\n", Read("question/answer", 1, APPLE)),
     "advertise.json": ([{"content": "类型#裤", "summary": "apple"}], Read("AdvertiseGen", 1, APPLE)),
     "trl texts.json": ([{"prompt": "a", "completion": "apple"}], Read("prompt/completion", 1, APPLE)),
-    "trl messages.json": ([{"prompt": [ASK, ANSWER, ASK], "completion": [{"role": "assistant", "content": "apple"}]}], Read("prompt/completion", 1, APPLE, "not trained: 1")),
-    "sharegpt.json": ([{"conversations": [{"from": "Human", "value": "a"}, {"from": "ChatGPT", "value": "apple"}]}], Read("ShareGPT", 1, APPLE)),
+    "trl messages.json": (
+        [{"prompt": [ASK, ANSWER, ASK], "completion": [{"role": "assistant", "content": "apple"}]}],
+        Read("prompt/completion", 1, APPLE, "not trained: 1"),
+    ),
+    "sharegpt.json": (
+        [{"conversations": [{"from": "Human", "value": "a"}, {"from": "ChatGPT", "value": "apple"}]}],
+        Read("ShareGPT", 1, APPLE),
+    ),
     "sharegpt roles.json": ([{"conversations": [ASK, ANSWER]}], Read("ShareGPT", 1, WEATHER)),
-    "developer.json": ([{"messages": [{"role": "developer", "content": "s"}, ASK, ANSWER]}], Read("messages", 1, WEATHER)),
-    "parts.json": ([{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, ANSWER]}], Read("messages", 1, WEATHER)),
+    "developer.json": (
+        [{"messages": [{"role": "developer", "content": "s"}, ASK, ANSWER]}],
+        Read("messages", 1, WEATHER),
+    ),
+    "parts.json": (
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                    ANSWER,
+                ]
+            }
+        ],
+        Read("messages", 1, WEATHER),
+    ),
     "two shapes.json": ([ALPACA, {"messages": [ASK, ANSWER]}], Read("Alpaca", 2, WEATHER, "1 messages")),
-    "ultrachat.json": ([{"prompt": "北京天气？", "prompt_id": "1", "messages": [ASK, ANSWER]}], Read("messages", 1, WEATHER, "column prompt (1), column prompt_id (1)")),
+    "ultrachat.json": (
+        [{"prompt": "北京天气？", "prompt_id": "1", "messages": [ASK, ANSWER]}],
+        Read("messages", 1, WEATHER, "column prompt (1), column prompt_id (1)"),
+    ),
     "chinese columns.csv": ("问题,答案\na,b\n", "--set 'columns={问题: instruction, 答案: output}'"),
     "text.json": ([{"text": "天空是蓝色的。"}], "text alone, as pretraining uses"),
     "pretraining.json": ([{"messages": [ANSWER]}], "begins with the assistant's turn"),
-    "two systems.json": ([{"system": "a", "conversations": [{"from": "system", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]}], "a system prompt in its turns and one beside them"),
-    "two of a name.json": ([{"Output": "a", "output": "b", "instruction": "c"}], "two of its columns are called 'output'"),
+    "two systems.json": (
+        [
+            {
+                "system": "a",
+                "conversations": [
+                    {"from": "system", "value": "b"},
+                    {"from": "human", "value": "c"},
+                    {"from": "gpt", "value": "d"},
+                ],
+            }
+        ],
+        "a system prompt in its turns and one beside them",
+    ),
+    "two of a name.json": (
+        [{"Output": "a", "output": "b", "instruction": "c"}],
+        "two of its columns are called 'output'",
+    ),
     "numbers.json": ([{**ALPACA, "output": 42}], "'output' is a number, not text"),
     # Tools
-    "function_call.json": ([{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "20"}, {"from": "gpt", "value": "二十度。"}], "tools": json.dumps([FUNCTION])}], Read("ShareGPT", 1, CALLED + WEATHER)),
-    "tool_calls.jsonl": ([{"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [OPENAI_CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "20"}, ANSWER], "tools": TOOLS, "parallel_tool_calls": False}], Read("messages", 1, CALLED + WEATHER, "column parallel_tool_calls (1)")),
-    "text and two calls.json": ([{"messages": [ASK, {"role": "assistant", "content": "我查。", "tool_calls": [OPENAI_CALL] * 2}], "tools": TOOLS}], Read("messages", 1, f"\n我查。<|assistant|>{CALLED.removesuffix(END)}<|assistant|>{CALLED}")),
-    "functions.json": ([{"messages": [ASK, {"role": "assistant", "content": "", "function_call": CALL}, {"role": "function", "name": "get_weather", "content": "20"}, ANSWER], "functions": [FUNCTION]}], Read("messages", 1, CALLED + WEATHER)),
-    "swift tools.jsonl": ([{"tools": json.dumps(TOOLS), "messages": [ASK, {"role": "tool_call", "content": json.dumps(CALL)}, {"role": "tool_call", "content": json.dumps(CALL)}, {"role": "tool_response", "content": "20"}, {"role": "tool_response", "content": "20"}, ANSWER]}], Read("messages", 1, f"{CALLED.removesuffix(END)}<|assistant|>{CALLED}{WEATHER}")),
-    "glm4 tools.json": ([{"messages": [{"role": "system", "content": "", "tools": TOOLS}, ASK, {"role": "assistant", "metadata": "get_weather", "content": '{"city": "北京"}'}]}], Read("messages", 1, CALLED)),
-    "parts with a call.jsonl": ([{"messages": [{"role": "user", "content": [{"type": "text", "value": "a"}], "loss_weight": 0.0}, {"role": "assistant", "content": [{"type": "reasoning", "value": "想"}, {"type": "tool_call", "value": json.dumps(CALL)}], "loss_weight": 1.0}]}], Read("messages", 1, CALLED, "message part reasoning (1)")),
-    "call without a name.json": ([{"messages": [ASK, {"role": "tool_call", "content": "查天气"}]}], "message 2 (tool_call) has a call that is not a function's name"),
-    "python tool.json": ([{"messages": [ASK, ANSWER], "tools": [{"type": "python"}]}], "a tool that is not a named function"),
+    "function_call.json": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": json.dumps(CALL)},
+                    {"from": "observation", "value": "20"},
+                    {"from": "gpt", "value": "二十度。"},
+                ],
+                "tools": json.dumps([FUNCTION]),
+            }
+        ],
+        Read("ShareGPT", 1, CALLED + WEATHER),
+    ),
+    "tool_calls.jsonl": (
+        [
+            {
+                "messages": [
+                    ASK,
+                    {"role": "assistant", "content": None, "tool_calls": [OPENAI_CALL]},
+                    {"role": "tool", "tool_call_id": "c1", "content": "20"},
+                    ANSWER,
+                ],
+                "tools": TOOLS,
+                "parallel_tool_calls": False,
+            }
+        ],
+        Read("messages", 1, CALLED + WEATHER, "column parallel_tool_calls (1)"),
+    ),
+    "text and two calls.json": (
+        [
+            {
+                "messages": [ASK, {"role": "assistant", "content": "我查。", "tool_calls": [OPENAI_CALL] * 2}],
+                "tools": TOOLS,
+            }
+        ],
+        Read("messages", 1, f"\n我查。<|assistant|>{CALLED.removesuffix(END)}<|assistant|>{CALLED}"),
+    ),
+    "functions.json": (
+        [
+            {
+                "messages": [
+                    ASK,
+                    {"role": "assistant", "content": "", "function_call": CALL},
+                    {"role": "function", "name": "get_weather", "content": "20"},
+                    ANSWER,
+                ],
+                "functions": [FUNCTION],
+            }
+        ],
+        Read("messages", 1, CALLED + WEATHER),
+    ),
+    "swift tools.jsonl": (
+        [
+            {
+                "tools": json.dumps(TOOLS),
+                "messages": [
+                    ASK,
+                    {"role": "tool_call", "content": json.dumps(CALL)},
+                    {"role": "tool_call", "content": json.dumps(CALL)},
+                    {"role": "tool_response", "content": "20"},
+                    {"role": "tool_response", "content": "20"},
+                    ANSWER,
+                ],
+            }
+        ],
+        Read("messages", 1, f"{CALLED.removesuffix(END)}<|assistant|>{CALLED}{WEATHER}"),
+    ),
+    "glm4 tools.json": (
+        [
+            {
+                "messages": [
+                    {"role": "system", "content": "", "tools": TOOLS},
+                    ASK,
+                    {"role": "assistant", "metadata": "get_weather", "content": '{"city": "北京"}'},
+                ]
+            }
+        ],
+        Read("messages", 1, CALLED),
+    ),
+    "parts with a call.jsonl": (
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "value": "a"}], "loss_weight": 0.0},
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "reasoning", "value": "想"},
+                            {"type": "tool_call", "value": json.dumps(CALL)},
+                        ],
+                        "loss_weight": 1.0,
+                    },
+                ]
+            }
+        ],
+        Read("messages", 1, CALLED, "message part reasoning (1)"),
+    ),
+    "call without a name.json": (
+        [{"messages": [ASK, {"role": "tool_call", "content": "查天气"}]}],
+        "message 2 (tool_call) has a call that is not a function's name",
+    ),
+    "python tool.json": (
+        [{"messages": [ASK, ANSWER], "tools": [{"type": "python"}]}],
+        "a tool that is not a named function",
+    ),
     # Masks, and other training
-    "weights.jsonl": ([{"messages": [ASK, {**ANSWER, "weight": 0}, ASK, {"role": "assistant", "content": "apple", "weight": 1}]}], Read("messages", 1, APPLE, "not trained: 1")),
-    "loss.jsonl": ([{"messages": [ASK, {**ANSWER, "loss": False}, ASK, {"role": "assistant", "content": "apple", "loss": True}]}], Read("messages", 1, APPLE, "not trained: 1")),
+    "weights.jsonl": (
+        [{"messages": [ASK, {**ANSWER, "weight": 0}, ASK, {"role": "assistant", "content": "apple", "weight": 1}]}],
+        Read("messages", 1, APPLE, "not trained: 1"),
+    ),
+    "loss.jsonl": (
+        [{"messages": [ASK, {**ANSWER, "loss": False}, ASK, {"role": "assistant", "content": "apple", "loss": True}]}],
+        Read("messages", 1, APPLE, "not trained: 1"),
+    ),
     "whole row.json": ([ALPACA, {**ALPACA, "weight": 0}], Read("Alpaca", 1, APPLE, "not trained: 1")),
-    "half a weight.json": ([{"messages": [ASK, {**ANSWER, "weight": 0.5}]}], "the weight of message 2 (assistant) is 0.5"),
+    "half a weight.json": (
+        [{"messages": [ASK, {**ANSWER, "weight": 0.5}]}],
+        "the weight of message 2 (assistant) is 0.5",
+    ),
     "trained user.json": ([{"messages": [{**ASK, "train": True}, ANSWER]}], "message 1 (user) is to be trained"),
-    "cut answer.json": ([{"messages": [ASK, {"role": "assistant", "content": "不是，我", "ended_by": "limit"}]}], Read("messages", 1, "\n不是，我", "whose end is not trained: 1")),
-    "reasoning.json": ([{"messages": [ASK, {**ANSWER, "reasoning_content": "想"}]}], Read("messages", 1, WEATHER, "message key reasoning_content (1)")),
-    "placeholder.json": ([{"instruction": "a", "output": "我是 {{name}}。"}], Read("Alpaca", 1, "\n我是 {{name}}。" + END, "placeholder such as {{name}}, which is taught as it is: 1")),
+    "cut answer.json": (
+        [{"messages": [ASK, {"role": "assistant", "content": "不是，我", "ended_by": "limit"}]}],
+        Read("messages", 1, "\n不是，我", "whose end is not trained: 1"),
+    ),
+    "reasoning.json": (
+        [{"messages": [ASK, {**ANSWER, "reasoning_content": "想"}]}],
+        Read("messages", 1, WEATHER, "message key reasoning_content (1)"),
+    ),
+    "placeholder.json": (
+        [{"instruction": "a", "output": "我是 {{name}}。"}],
+        Read("Alpaca", 1, "\n我是 {{name}}。" + END, "placeholder such as {{name}}, which is taught as it is: 1"),
+    ),
     "kto.json": ([ALPACA, {**ALPACA, "kto_tag": False}], "row 2: it is marked as a bad answer (kto_tag false)"),
     "kto numbers.csv": ("question,answer,kto_tag\na,b,1\na,b,0\n", "line 3: it is marked as a bad answer (kto_tag 0)"),
     "class label.json": ([{**ALPACA, "label": 0}], Read("Alpaca", 1, APPLE, "column label (1)")),
     "kto label.json": ([{"messages": [ASK, ANSWER], "label": False}], "marked as a bad answer (label false)"),
     "good label.json": ([{"messages": [ASK, ANSWER], "label": True}], Read("messages", 1, WEATHER)),
-    "dpo.json": ([{"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}], "'chosen' holds a preference pair: rows for DPO"),
-    "dpo of swift.json": ([{"messages": [ASK, ANSWER], "rejected_response": "c"}], "'rejected_response' holds a preference pair"),
+    "dpo.json": (
+        [{"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}],
+        "'chosen' holds a preference pair: rows for DPO",
+    ),
+    "dpo of swift.json": (
+        [{"messages": [ASK, ANSWER], "rejected_response": "c"}],
+        "'rejected_response' holds a preference pair",
+    ),
     "images.json": ([{"messages": [ASK, ANSWER], "images": ["cat.jpg"]}], "'images' holds images"),
     "no images.json": ([{"messages": [ASK, ANSWER], "images": [], "audios": None}], Read("messages", 1, WEATHER)),
-    "image part.json": ([{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]}], "a part of type image_url"),
-}  # fmt: skip
+    "image part.json": (
+        [{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]}],
+        "a part of type image_url",
+    ),
+}
 
 
 def bytes_of(content):
@@ -218,7 +411,9 @@ def test_a_file_trains_what_it_says_or_is_refused_by_name(name, tmp_path, nano_t
     file = tmp_path / name
     file.write_bytes(bytes_of(content))
     shapes, kept, masked, says = outcome(nano_tokenizer, file)
-    report(TITLE, shown("file", "shape", 0, 0, "(rows kept, turns masked, what is said)", tmp_path), -1) if name == next(iter(CASES)) else None
+    report(
+        TITLE, shown("file", "shape", 0, 0, "(rows kept, turns masked, what is said)", tmp_path), -1
+    ) if name == next(iter(CASES)) else None
     report(TITLE, shown(name, shapes, kept, masked, says, tmp_path), list(CASES).index(name))
     if isinstance(expected, str):
         assert kept == 0 and expected in says and name in says and "Fix: " in says
@@ -284,14 +479,20 @@ def test_configuration_and_split_of_a_hub_set_are_named_behind_its_id(tmp_path, 
     """A folder stands in for the hub: load_dataset reads both in the same way."""
     (tmp_path / "set").mkdir()
     for name, answer in (("zh", "二十度。"), ("en", "apple")):
-        (tmp_path / "set" / f"{name}.json").write_text(json.dumps([{"question": "a", "answer": answer}]), encoding="utf-8")
+        (tmp_path / "set" / f"{name}.json").write_text(
+            json.dumps([{"question": "a", "answer": answer}]), encoding="utf-8"
+        )
     configurations = "".join(
         f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {name}.json\n"
         for name, split in (("zh", "train"), ("en", "validation"))
     )
     (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
     load = hf.load_dataset
-    monkeypatch.setattr(hf, "load_dataset", lambda name, *rest, **more: load(str(tmp_path / "set"), *rest, **more, cache_dir=str(tmp_path)))
+    monkeypatch.setattr(
+        hf,
+        "load_dataset",
+        lambda name, *rest, **more: load(str(tmp_path / "set"), *rest, **more, cache_dir=str(tmp_path)),
+    )
     monkeypatch.setenv("GLM4_HOME", str(tmp_path))
     assert data.load_messages("owner/set:zh")["messages"][0][1]["content"] == "二十度。"
     for name in ("owner/set:en", "owner/set:en:validation"):
@@ -311,7 +512,9 @@ def test_excel_is_read_where_openpyxl_is_installed(tmp_path, monkeypatch):
             data.load_messages(file)
         assert "pip install openpyxl" in caught.value.fix and "CSV" in caught.value.fix
     pytest.importorskip("openpyxl")
-    pandas.DataFrame([ALPACA, {**ALPACA, "input": None}, {**ALPACA, "output": 3}]).to_excel(file, index=False, sheet_name="一")
+    pandas.DataFrame([ALPACA, {**ALPACA, "input": None}, {**ALPACA, "output": 3}]).to_excel(
+        file, index=False, sheet_name="一"
+    )
     with pytest.raises(DataError, match="rows.xlsx, sheet 一, row 4: the value of 'output' is a number"):
         data.load_messages(file)
     dataset = data.load_messages(file, skip_bad=True)
@@ -356,7 +559,9 @@ def test_columns_of_other_names_get_a_meaning(tmp_path, caplog):
 def test_bad_rows_are_counted_and_can_be_left_out(tmp_path):
     rows = [ALPACA, {"instruction": "a"}, "x", {**ALPACA, "output": 1}, {"instruction": "b"}, ALPACA]
     (tmp_path / "rows.jsonl").write_text(lines(*rows) + "\n{oops}\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"^5 of 7 rows can't be used\. .*row 2 \(line 2\): .*row 3 .*row 4 .*and 2 more") as caught:
+    with pytest.raises(
+        DataError, match=r"^5 of 7 rows can't be used\. .*row 2 \(line 2\): .*row 3 .*row 4 .*and 2 more"
+    ) as caught:
         data.load_messages(tmp_path / "rows.jsonl")
     assert "--set skip_bad_rows=true" in caught.value.fix
     profile = get_profile(skip_bad_rows=True, train_data=str(tmp_path / "rows.jsonl"))
@@ -376,7 +581,9 @@ def _written(path, rows):
 def test_the_report_tells_copies_near_copies_and_rows_that_judge_themselves(tmp_path):
     rows = [ALPACA, ALPACA, {**ALPACA, "output": "Ａpple "}, {**ALPACA, "input": "梨", "output": "pear"}]
     dataset, found = data.load_and_count(_written(tmp_path / "rows.json", rows))
-    dev = data.load_messages(_written(tmp_path / "dev.json", [{**ALPACA, "output": "apple。"}, {**ALPACA, "input": "桃"}]))
+    dev = data.load_messages(
+        _written(tmp_path / "dev.json", [{**ALPACA, "output": "apple。"}, {**ALPACA, "input": "桃"}])
+    )
     said = report.rows_report(dataset, found, {"dev rows": dev}).splitlines()
     assert said == [
         "4 rows read (4 Alpaca)",
@@ -398,9 +605,13 @@ def not_blank(text):
     return bool(text.strip())
 
 
-CONTROL = st.sampled_from(["<|user|>", "<|assistant|>\n好", "[gMASK]<sop>", "<|endoftext|>", "\ufeff", "\r", '"', ",", "NaN", "{{x}}"])
+CONTROL = st.sampled_from(
+    ["<|user|>", "<|assistant|>\n好", "[gMASK]<sop>", "<|endoftext|>", "\ufeff", "\r", '"', ",", "NaN", "{{x}}"]
+)
 CONTENT = st.lists(st.text(max_size=12) | CONTROL, min_size=1, max_size=4).map("".join).filter(not_blank)
-ARGUMENTS = st.dictionaries(st.text(min_size=1, max_size=5), st.text(max_size=8) | st.integers() | st.booleans(), max_size=3)
+ARGUMENTS = st.dictionaries(
+    st.text(min_size=1, max_size=5), st.text(max_size=8) | st.integers() | st.booleans(), max_size=3
+)
 SAID = st.tuples(CONTENT, st.sampled_from([None, 0, 1, True, False, 1.0]))
 CALLED_FUNCTION = st.tuples(st.sampled_from(["get_weather", "加法"]), ARGUMENTS)
 TURN = st.tuples(CONTENT, st.none() | CALLED_FUNCTION, SAID)
@@ -413,7 +624,9 @@ def openai_row(turns):
         messages.append({"role": "user", "content": question})
         if called:
             function = {"name": called[0], "arguments": json.dumps(called[1])}
-            messages.append({"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]})
+            messages.append(
+                {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+            )
             messages.append({"role": "tool", "content": "20"})
         messages.append({"role": "assistant", "content": answer, "weight": weight})
     return {"messages": messages, "tools": TOOLS}

@@ -36,10 +36,16 @@ def one_step(profile, padding_free, folder):
     draw = random.Random(0)
     ids = [[draw.randrange(len(tokenizer)) for _ in range(length)] for length in LENGTHS]
     rows = Dataset.from_dict({"input_ids": ids, "labels": [[IGNORE] * 5 + row[5:] for row in ids]})
-    profile = get_profile(profile.name, **{
-        "training.padding_free": padding_free, "training.per_device_batch_size": len(LENGTHS), "lora.dropout": 0.0,
-        "training.epochs": 1, "training.evaluations_per_run": 0,
-    })  # fmt: skip
+    profile = get_profile(
+        profile.name,
+        **{
+            "training.padding_free": padding_free,
+            "training.per_device_batch_size": len(LENGTHS),
+            "lora.dropout": 0.0,
+            "training.epochs": 1,
+            "training.evaluations_per_run": 0,
+        },
+    )
     settings = training.sft_config(profile, folder, torch.float32)
     settings.logging_steps, settings.max_grad_norm = 1, 0.0
     keeping = KeepGradients()

@@ -49,7 +49,9 @@ def test_the_9b_follows_the_published_recipe():
     assert (training.epochs, training.per_device_batch_size, training.evaluation_batch_size) == (3, 2, 4)
     assert (training.learning_rate, training.lr_scheduler, training.max_length) == (5e-4, "linear", 512)
     assert (training.evaluations_per_run, profile.dev_fraction) == (10, 0.05)
-    assert training.padding_free and training.gradient_checkpointing, "ours: the same losses with fewer tokens, and less memory"
+    assert training.padding_free and training.gradient_checkpointing, (
+        "ours: the same losses with fewer tokens, and less memory"
+    )
     assert profile.sample_prompts == ("你好，告诉我你的名字。", "告诉我1+2等于多少？")
 
 
@@ -103,11 +105,7 @@ def test_a_new_model_is_one_entry(tmp_path, monkeypatch):
     assert profile == entry and "glm-small" in command_line.profile_lines()
     counted = sum(weight.numel() for weight in shapes.meta_model(profile).parameters())
     assert memory.published_shape(profile).parameters == counted < 10**9
-    assert (
-        0
-        < room.needs(profile).gpu_memory_gib
-        < room.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib / 4
-    )
+    assert 0 < room.needs(profile).gpu_memory_gib < room.needs(get_profile("glm-4-9b-lora")).gpu_memory_gib / 4
     assert evaluation.find_baseline(profile) == chat
     with pytest.raises(SettingError, match="old format") as refused:
         download.refuse_old_name("anyone/GLM-small-v1")

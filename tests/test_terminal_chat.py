@@ -79,7 +79,13 @@ def terminal(course):
     def start(tokens=200, **options):
         command = ["-c", START, repr((tokens, options))]
         child = pexpect.spawn(
-            sys.executable, command, env=environment(course), cwd=course, encoding="utf-8", timeout=60, dimensions=(40, 200)
+            sys.executable,
+            command,
+            env=environment(course),
+            cwd=course,
+            encoding="utf-8",
+            timeout=60,
+            dimensions=(40, 200),
         )
         child.logfile_read = io.StringIO()
         started.append(child)
@@ -153,9 +159,16 @@ def last_answer(child, name="glm4-nano"):
 def piped(course, lines, tokens=6, *, timeout=120, **options):
     command = [sys.executable, "-c", START, repr((tokens, options))]
     return subprocess.run(
-        command, input=lines, env=environment(course), cwd=course, capture_output=True, text=True, encoding="utf-8",
-        timeout=timeout, check=False,
-    )  # fmt: skip
+        command,
+        input=lines,
+        env=environment(course),
+        cwd=course,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+        check=False,
+    )
 
 
 # In a terminal
@@ -251,7 +264,9 @@ def test_the_adapter_is_switched_and_checkpoints_change_answers(terminal, course
     prompt(child)
     assert ask() == on
     leave(child)
-    report(TITLE, transcript(child, "the adapter switched off and on, and another checkpoint").replace(f"{course}/", ""), 2)
+    report(
+        TITLE, transcript(child, "the adapter switched off and on, and another checkpoint").replace(f"{course}/", ""), 2
+    )
 
 
 def test_ctrl_c_at_the_prompt_stays_and_ctrl_d_leaves(terminal):

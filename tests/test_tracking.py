@@ -53,15 +53,22 @@ NO_NETWORK = ["unshare", "-rn"] if shutil.which("unshare") else []
 def log(tmp_path, report):
     """Log two losses and two answers in a mode, as a user without an account would."""
 
-    def run(mode: str, network: str = "as it is", prefix: list[str] = (), **variables: str) -> subprocess.CompletedProcess:
+    def run(
+        mode: str, network: str = "as it is", prefix: list[str] = (), **variables: str
+    ) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
         environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **variables}
         started = time.monotonic()
         done = subprocess.run(
             [*prefix, sys.executable, "-c", LOG, mode, str(tmp_path / "swanlog")],
-            env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+            env=environment,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=200,
             start_new_session=True,  # a prompt could else be read from the terminal that the tests were started in
-        )  # fmt: skip
+        )
         said = done.stdout.rpartition("\nFix: ")[0].splitlines()[-1:] if done.returncode else ["logged"]
         report(TITLE, f"{mode:<9} network {network:<20}{time.monotonic() - started:4.0f} s  {''.join(said)[:110]}")
         return done
@@ -134,9 +141,13 @@ def dashboard(folder: Path, path: str):
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("swanlab"), "watch", str(folder), "-h", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
     def ask(address: str):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/{address}", timeout=10) as reply:

@@ -87,8 +87,11 @@ def run_jobs(folder: Path, jobs: list[dict]) -> list[int]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.run(
         [sys.executable, Path(__file__).with_name("training_worker.py"), file],
-        check=True, env=environment, stdin=subprocess.DEVNULL, timeout=1500,
-    )  # fmt: skip
+        check=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=1500,
+    )
     return json.loads(file.with_suffix(".statuses").read_text())
 
 
@@ -275,8 +278,12 @@ def test_a_run_leaves_the_adapter_with_its_record_and_nothing_else(finished):
     folder, result = finished
     assert result.adapter_dir == folder / "outputs" / "glm4-nano" / "adapter"
     assert {path.name for path in result.adapter_dir.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "base_model_facts.json", "training.json", "answers.json"
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base_model_facts.json",
+        "training.json",
+        "answers.json",
+    }
     record = json.loads((result.adapter_dir / "training.json").read_text(encoding="utf-8"))
     assert record["facts"]["profile"]["training"]["epochs"] == 2
     assert record["facts"]["versions"]["torch"] == torch.__version__.split("+")[0]

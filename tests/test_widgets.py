@@ -140,7 +140,9 @@ def test_each_speaker_goes_on_from_its_own_answers(box, base, tokenizer):
     before = box.messages("base")
     box.send("苹果", wait=True)
     box.close()
-    assert box.messages("base")[-1]["content"] == greedy(base, tokenizer, [*before, {"role": "user", "content": "苹果"}])
+    assert box.messages("base")[-1]["content"] == greedy(
+        base, tokenizer, [*before, {"role": "user", "content": "苹果"}]
+    )
 
 
 def test_the_base_model_stays_the_base_model_for_others(box, base, tokenizer, adapters):
@@ -444,9 +446,13 @@ def test_conversation_names_models_and_errors():
 # Token view
 
 ROW = {
-    "kind": "sum", "instruction": "你好 <|user|>", "input": "", "output": "果€",
-    "history": [["一", "二"]], "system": "人",
-}  # fmt: skip
+    "kind": "sum",
+    "instruction": "你好 <|user|>",
+    "input": "",
+    "output": "果€",
+    "history": [["一", "二"]],
+    "system": "人",
+}
 
 
 def test_boxes_follow_encode_and_name_roles():

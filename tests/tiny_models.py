@@ -19,9 +19,14 @@ def tiny_tokenizer():
 def tiny_glm(tokenizer, seed=0, max_position_embeddings=4096, **settings):
     """Two layers of 32; large random weights, so that greedy answers differ and are no ties."""
     shape = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.5,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.5,
+    }
     config = GlmConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=max_position_embeddings,

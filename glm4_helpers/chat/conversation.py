@@ -240,7 +240,6 @@ class Speakers:
                     self._model.delete_adapter(peft_name)
 
 
-
 def checkpoints(run: Path) -> dict[str, Path]:
     """The adapters in a run's folder by name, `checkpoint-2` before `checkpoint-10`."""
     files = [*run.glob("*/adapter_config.json"), *run.glob(f"{CHECKPOINTS}/*/adapter_config.json")]

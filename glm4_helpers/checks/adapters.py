@@ -154,9 +154,7 @@ def _check_modules_present(adapter_dir: Path, matched: Sequence[str], tensors: M
         raise ModelError(f"The adapter in {adapter_dir} {what} ({len(absent)} absent, {len(extra)} extra).", _TRAIN_FIX)
 
 
-def _check_module_count(
-    model: PreTrainedModel, adapter_dir: Path, matched: Sequence[str], profile: Profile
-) -> None:
+def _check_module_count(model: PreTrainedModel, adapter_dir: Path, matched: Sequence[str], profile: Profile) -> None:
     if profile.lora is None:
         return
     layers, targets = model.config.num_hidden_layers, profile.lora.target_modules

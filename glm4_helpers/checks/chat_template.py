@@ -6,17 +6,29 @@ GLM-Edge differs from GLM-4, so nothing is taken for granted. Messages become id
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from ..support.errors import ModelError
 
 ROLES = ("system", "user", "assistant", "observation")
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
-    "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
-    "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+)
 """The special tokens of the GLM-4 tokenizer in the order of their ids (151329 to 151342 there)."""
 PREFIX = ("[gMASK]", "<sop>")
 TERMINATOR = "<|endoftext|>"
@@ -30,8 +42,7 @@ TOOLS_HEADER = (
 TOOLS_FOOTER = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
 # transformers renders with trim_blocks, which drops a newline right after a block tag. Every newline of the format
 # is therefore a string inside {{ }}, and the comments and tags below can stand on lines of their own.
-CHAT_TEMPLATE = (
-    """\
+CHAT_TEMPLATE = """\
 {{ '[gMASK]<sop>' }}
 {%- for item in messages %}
     {%- if item['tools'] is defined and item['tools'] is not none %}
@@ -59,9 +70,8 @@ CHAT_TEMPLATE = (
 {%- if add_generation_prompt %}
     {{- '<|assistant|>' }}
 {%- endif %}
-"""
-    .replace("HEADER", json.dumps(TOOLS_HEADER, ensure_ascii=False))
-    .replace("FOOTER", json.dumps(TOOLS_FOOTER, ensure_ascii=False))
+""".replace("HEADER", json.dumps(TOOLS_HEADER, ensure_ascii=False)).replace(
+    "FOOTER", json.dumps(TOOLS_FOOTER, ensure_ascii=False)
 )
 """Our Jinja template with generation markers: the text of ``render``, plus the terminator after a last answer."""
 
@@ -167,7 +177,8 @@ def _prefix_ids(tokenizer, prefix: str, control: Mapping[str, int]) -> tuple[int
     ids = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
     if not set(ids) <= set(control.values()):
         raise ModelError(
-            f"This tokenizer's chat template opens with the text {prefix!r}, not with special tokens only.", _TEMPLATE_FIX
+            f"This tokenizer's chat template opens with the text {prefix!r}, not with special tokens only.",
+            _TEMPLATE_FIX,
         )
     return tuple(ids)
 

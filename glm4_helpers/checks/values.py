@@ -1,10 +1,10 @@
-"""Whether a value of a message is what it has to be: text that can be tokenized, tools that are functions.
-"""
+"""Whether a value of a message is what it has to be: text that can be tokenized, tools that are functions."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from ..support.errors import DataError
 

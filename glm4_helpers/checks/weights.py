@@ -54,7 +54,8 @@ def check_loaded(found: Mapping[str, Any], folder: Path, profile: Profile) -> No
     if absent or misfits:
         what = f"lack {absent[0]}" if absent else f"hold {misfits[0]} in another shape than config.json says"
         raise ModelError(
-            f"The weights in {folder} {what} ({len(absent)} absent, {len(misfits)} of another shape).", weights_fix(profile)
+            f"The weights in {folder} {what} ({len(absent)} absent, {len(misfits)} of another shape).",
+            weights_fix(profile),
         )
 
 

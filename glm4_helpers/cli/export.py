@@ -39,14 +39,39 @@ Weights in bfloat16 have no room for all of the adapter's change, so tokens that
 TRIED = "transformers 4.57.6 and 5.23.0"
 """What read an exported folder with the same greedy answers; test_export does it again."""
 PROMPTS = (
-    "你好。", "你好，告诉我你的名字。", "告诉我1+2等于多少？", "中国的首都是哪里？", "法国的首都是什么？",
-    "苹果的英文是什么？", "“大”的反义词是什么？", "请说出三种水果。", "请说出两种动物。", "一年有几个月？",
-    "一周有几天？", "把“谢谢”翻译成英文。", "太阳从哪边升起？", "水在多少度结冰？", "写一句关于春天的话。",
-    "今天天气怎么样？", "5+7等于多少？", "十减三等于几？", "请用一句话介绍北京。", "什么是人工智能？",
-    "地球有几个卫星？", "请列出四种颜色。", "猫和狗有什么不同？", "如何泡一杯茶？", "推荐一本书。",
-    "香蕉是什么颜色的？", "请重复：好好学习。", "光的速度快还是声音的速度快？", "长江流入哪个海？", "What is your name?",
-    "Name a colour.", "What is 2 + 2?",
-)  # fmt: skip
+    "你好。",
+    "你好，告诉我你的名字。",
+    "告诉我1+2等于多少？",
+    "中国的首都是哪里？",
+    "法国的首都是什么？",
+    "苹果的英文是什么？",
+    "“大”的反义词是什么？",
+    "请说出三种水果。",
+    "请说出两种动物。",
+    "一年有几个月？",
+    "一周有几天？",
+    "把“谢谢”翻译成英文。",
+    "太阳从哪边升起？",
+    "水在多少度结冰？",
+    "写一句关于春天的话。",
+    "今天天气怎么样？",
+    "5+7等于多少？",
+    "十减三等于几？",
+    "请用一句话介绍北京。",
+    "什么是人工智能？",
+    "地球有几个卫星？",
+    "请列出四种颜色。",
+    "猫和狗有什么不同？",
+    "如何泡一杯茶？",
+    "推荐一本书。",
+    "香蕉是什么颜色的？",
+    "请重复：好好学习。",
+    "光的速度快还是声音的速度快？",
+    "长江流入哪个海？",
+    "What is your name?",
+    "Name a colour.",
+    "What is 2 + 2?",
+)
 """32 ordinary prompts that the certificate is made with."""
 
 
@@ -159,9 +184,13 @@ def _merge_and_certify(profile: Profile, adapter_dir: Path, folder: Path, write:
     gc.collect()
     torch.cuda.empty_cache()  # nothing where there is no GPU
     exported, loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True,
-        output_loading_info=True, ignore_mismatched_sizes=True,  # both are problems, named below
-    )  # fmt: skip
+        folder,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # both are problems, named below
+    )
     found = _next_tokens(exported.to(device).eval(), sequences)
     certificate = Certificate(
         prompts=len(PROMPTS),

@@ -218,9 +218,12 @@ def setting_of(profile: Profile, **changes: Any) -> Setting:
     """
     training = profile.training
     own = Setting(
-        training.per_device_batch_size, training.max_length, training.gradient_checkpointing, profile.quantization,
+        training.per_device_batch_size,
+        training.max_length,
+        training.gradient_checkpointing,
+        profile.quantization,
         padding_free=training.padding_free,
-    )  # fmt: skip
+    )
     setting = dataclasses.replace(own, **{key: value for key, value in changes.items() if value is not None})
     if setting.quantization == "none":
         setting = dataclasses.replace(setting, quantization=None)

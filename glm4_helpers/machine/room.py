@@ -59,9 +59,14 @@ def require_room(
             "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
         )
     setting = memory.setting_of(
-        profile, length=max(lengths), lengths=tuple(lengths), gpus=processes, zero_stage=zero_stage,
-        triton=importlib.util.find_spec("triton") is not None, device="gpu" if on_gpu else "cpu",
-    )  # fmt: skip
+        profile,
+        length=max(lengths),
+        lengths=tuple(lengths),
+        gpus=processes,
+        zero_stage=zero_stage,
+        triton=importlib.util.find_spec("triton") is not None,
+        device="gpu" if on_gpu else "cpu",
+    )
     memory.require_memory(profile, _free_gib() if on_gpu else here.memory_available_gib / processes, setting, shape)
 
 

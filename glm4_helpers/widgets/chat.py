@@ -168,7 +168,10 @@ class ChatBox:
         self.stop_button = _button("Stop", "Stop the answer that is being written")
         self.clear_button = _button("Clear", "Forget the conversation")
         names, sampling = self._talk.speakers.adapters, self._talk.sampling
-        hottest, longest = max(2, sampling.temperature), max(self._talk.speakers.positions // 2, sampling.max_new_tokens)
+        hottest, longest = (
+            max(2, sampling.temperature),
+            max(self._talk.speakers.positions // 2, sampling.max_new_tokens),
+        )
         self.mode = _labelled(
             ipywidgets.Dropdown, "Answers", _NARROW, options=[SIDE_BY_SIDE, TUNED, BASE] if names else [BASE]
         )
@@ -179,9 +182,13 @@ class ChatBox:
             ipywidgets.BoundedFloatText, "Temperature", _SMALL, value=sampling.temperature, min=0, max=hottest, step=0.1
         )
         self.length = _labelled(
-            ipywidgets.BoundedIntText, "Longest answer (tokens)", _WIDER,
-            value=sampling.max_new_tokens, min=1, max=longest,
-        )  # fmt: skip
+            ipywidgets.BoundedIntText,
+            "Longest answer (tokens)",
+            _WIDER,
+            value=sampling.max_new_tokens,
+            min=1,
+            max=longest,
+        )
         self.system = _text_box("System prompt", self._talk.system, "none", rows=1)
         self.message.observe(self._on_text, "value")
         for setting in (self.temperature, self.length, self.system):
@@ -194,9 +201,12 @@ class ChatBox:
     def _rows(self) -> list[ipywidgets.Widget]:
         # column-reverse keeps the end in view without a script; the scroller outlives the updates of what is in it.
         scroller = ipywidgets.Layout(
-            display="flex", flex_flow="column-reverse", max_height="30em", overflow="auto",
+            display="flex",
+            flex_flow="column-reverse",
+            max_height="30em",
+            overflow="auto",
             border="1px solid rgba(128,128,128,.4)",
-        )  # fmt: skip
+        )
         script = {"output_type": "display_data", "data": {"application/javascript": _ENTER_SENDS}, "metadata": {}}
         rows = (
             [self.message, self.send_button, self.stop_button, self.clear_button],

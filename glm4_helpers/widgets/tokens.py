@@ -52,9 +52,7 @@ class TokenBox:
         return self.label != IGNORE
 
 
-def token_boxes(
-    tokenizer: PreTrainedTokenizerBase, row: Any, terminator: str = TERMINATOR
-) -> list[TokenBox]:
+def token_boxes(tokenizer: PreTrainedTokenizerBase, row: Any, terminator: str = TERMINATOR) -> list[TokenBox]:
     """The tokens of one row or list of messages, in order. Raises DataError for a row that is not usable."""
     encoded = encode(tokenizer, _messages(row), terminator)
     chat = read_format(tokenizer)
@@ -146,9 +144,12 @@ def token_view(
     rows = _rows(rows)
     labels = [(f"{number}: {_title(row)}", number - 1) for number, row in enumerate(rows, 1)]
     row_chooser = ipywidgets.Dropdown(
-        options=labels, value=chosen, description="Row", layout=ipywidgets.Layout(width="min(100%, 36em)"),
+        options=labels,
+        value=chosen,
+        description="Row",
+        layout=ipywidgets.Layout(width="min(100%, 36em)"),
         style={"description_width": "initial"},
-    )  # fmt: skip
+    )
     shown = ipywidgets.HTML()
 
     def show(_: Any = None) -> None:
@@ -236,9 +237,14 @@ def _columns(text: str) -> int:
 def _draw_box(axis: Axes, box: TokenBox, left: float, width: float, bottom: float) -> None:
     colour, height = ROLE_COLOURS[box.role], 0.82 * _LINE_HEIGHT
     shape = FancyBboxPatch(
-        (left, bottom), width, height, boxstyle="round,pad=0,rounding_size=0.3", facecolor=colour + "30",
-        edgecolor=colour, linewidth=0.8,
-    )  # fmt: skip
+        (left, bottom),
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.3",
+        facecolor=colour + "30",
+        edgecolor=colour,
+        linewidth=0.8,
+    )
     axis.add_patch(shape)
     if box.trained:
         line = {"color": TRAINED, "linewidth": 3, "solid_capstyle": "butt"}
@@ -253,9 +259,14 @@ def _draw_legend(axis: Axes) -> None:
         axis.plot([], [], "s", color=colour, markersize=8, alpha=0.6, label=role)
     axis.plot([], [], color=TRAINED, linewidth=3, label="trained")
     axis.legend(
-        loc="upper left", ncols=len(ROLE_COLOURS) + 1, fontsize=8, borderaxespad=0, handlelength=1.2, columnspacing=1.4,
+        loc="upper left",
+        ncols=len(ROLE_COLOURS) + 1,
+        fontsize=8,
+        borderaxespad=0,
+        handlelength=1.2,
+        columnspacing=1.4,
         facecolor=BACKGROUND,
-    )  # fmt: skip
+    )
 
 
 def _plain(text: str) -> str:

@@ -28,25 +28,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
     which.add_argument("--base", action="store_true", help="the base model alone, without an adapter")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt: what the model is told before all questions (default: none)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T",
-        help="0 always takes the likeliest token, 0.6 gives other answers each time (default: 0)"
+        "--system", metavar="TEXT", help="a system prompt: what the model is told before all questions (default: none)"
     )
     parser.add_argument(
-        "--top-p", type=float, default=0.8, metavar="P",
-        help="with a temperature: draw from the likeliest tokens that make up this share (default: 0.8)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 always takes the likeliest token, 0.6 gives other answers each time (default: 0)",
     )
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R",
-        help="above 1 makes repeated tokens less likely (default: 1, none)"
+        "--top-p",
+        type=float,
+        default=0.8,
+        metavar="P",
+        help="with a temperature: draw from the likeliest tokens that make up this share (default: 0.8)",
     )
-    parser.add_argument("--seed", type=seed, metavar="N", help="with a temperature: the same answers each time (default: none)")
     parser.add_argument(
-        "--max-new-tokens", type=count, metavar="N", help="longest answer, in tokens (default: the profile's, 200 or 256)"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes repeated tokens less likely (default: 1, none)",
     )
     parser.add_argument(
-        "--delimiter", metavar="TEXT",
+        "--seed", type=seed, metavar="N", help="with a temperature: the same answers each time (default: none)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=count,
+        metavar="N",
+        help="longest answer, in tokens (default: the profile's, 200 or 256)",
+    )
+    parser.add_argument(
+        "--delimiter",
+        metavar="TEXT",
         help="over a pipe: messages of several lines end with a line that is TEXT, and so do answers (default: each line is one)",
     )
 

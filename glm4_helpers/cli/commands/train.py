@@ -75,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    profile = chosen_profile(arguments, **{"training.seed": arguments.seed, "skip_bad_rows": arguments.skip_bad or None})
+    profile = chosen_profile(
+        arguments, **{"training.seed": arguments.seed, "skip_bad_rows": arguments.skip_bad or None}
+    )
     from accelerate import PartialState
 
     from ...training import train_or_load
