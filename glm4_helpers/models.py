@@ -27,7 +27,6 @@ from .checks import chat_template
 from .checks.adapters import check_adapter
 from .checks.weights import base_folder, check_architecture, check_loaded, check_weights, require_json, weights_fix
 from .machine import gpus, hardware
-from .machine.gpus import default_device, native_bfloat16
 from .profiles import Profile
 from .support.errors import MachineError, ModelError, SettingError
 
@@ -62,7 +61,7 @@ def load_base_model(
         check_gpu(profile, dtype)
     folder = base_folder(profile)
     check_weights(folder, profile)
-    device = torch.device(device) if device is not None else default_device()
+    device = torch.device(device) if device is not None else gpus.default_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype or profile.dtype)}
     if profile.quantization is not None:
         options |= {"quantization_config": _quantization(profile), "device_map": {"": device}}
@@ -99,7 +98,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return torch.bfloat16 if native_bfloat16() else torch.float32
+        return torch.bfloat16 if gpus.native_bfloat16() else torch.float32
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise SettingError(f"{dtype!r} is not a dtype for weights.", 'Use "auto", "float32" or "bfloat16".')
@@ -113,7 +112,7 @@ def dtype_reason(dtype: str | torch.dtype) -> str:
         return f"{name}: as set"
     if not torch.cuda.is_available():
         return f"{name}: computed on the CPU"
-    what = "has bfloat16 in hardware" if native_bfloat16() else "only emulates bfloat16"
+    what = "has bfloat16 in hardware" if gpus.native_bfloat16() else "only emulates bfloat16"
     return f"{name}: this GPU ({torch.cuda.get_device_name()}) {what}"
 
 
@@ -131,12 +130,12 @@ def check_gpu(profile: Profile, dtype: str | torch.dtype | None = None) -> None:
                 f"{gpus.torch_fix()}   (or choose the CPU: set CUDA_VISIBLE_DEVICES to nothing)",
             )
         return
-    card = hardware.cuda_gpu(default_device().index or 0)
+    card = hardware.cuda_gpu(gpus.default_device().index or 0)
     if not card.in_build:
         raise MachineError(
             f"torch {torch.__version__} was built without code for this GPU ({card.name}).", gpus.torch_fix()
         )
-    if needs_bfloat16 and not native_bfloat16():
+    if needs_bfloat16 and not gpus.native_bfloat16():
         raise MachineError(
             f"{profile.name} computes in bfloat16, which this GPU ({card.name}) only emulates; "
             "float16 gives NaN on GLM-4.",

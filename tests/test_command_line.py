@@ -36,7 +36,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         encoding="utf-8",
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **doctor},
+        env={**os.environ, **environment},
         timeout=120,
     )
 
@@ -132,11 +132,11 @@ def test_doctor_prints_json_alone_and_its_status_says_whether_all_is_well():
 def test_what_libraries_print_does_not_mix_with_the_json(monkeypatch, capsys):
     from glm4_helpers.machine import doctor
 
-    doctor = doctor.doctor
+    ask = doctor.doctor
 
     def talkative(profile):
         print("noise")
-        return doctor(profile)
+        return ask(profile)
 
     monkeypatch.setattr(doctor, "doctor", talkative)
     command_line.main(["doctor", "--json"])
@@ -246,7 +246,7 @@ def test_starting_is_light_beside_importing_torch(report):
 def test_help_imports_no_heavy_library():
     heavy = "torch transformers trl peft datasets swanlab matplotlib ipywidgets numpy pandas".split()
     code = (
-        "import sys; from glm4_helpers.__main__ import build_parser; build_parser().format_help();"
+        "import sys; from glm4_helpers.cli.main import build_parser; build_parser().format_help();"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -182,7 +182,7 @@ def test_a_machine_without_chinese_fonts_is_told_how_to_get_one(monkeypatch, tmp
     from matplotlib import font_manager
 
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "environment.py"))
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "machine" / "doctor.py"))
     check = doctor._font_check()
     assert not check.ok and "fonts-noto-cjk" in check.fix
     (tmp_path / "fonts").mkdir()

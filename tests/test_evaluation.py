@@ -12,7 +12,6 @@ from conftest import ROOT
 from tiny_models import save_live_adapter, save_model, tiny_glm, tiny_tokenizer
 
 from glm4_helpers import chat_format, evaluation, generation, models
-from glm4_helpers.checks import adapters
 from glm4_helpers.cli.main import main
 from glm4_helpers.data import to_messages
 from glm4_helpers.evaluation import (
@@ -266,7 +265,7 @@ def spy_on_loading(monkeypatch):
         loaded.append((Path(profile.base_model).name, model.dtype))
         return model
 
-    monkeypatch.setattr(models, "load_base_model", spy)
+    monkeypatch.setattr(evaluation, "load_base_model", spy)
     return loaded
 
 
@@ -387,7 +386,7 @@ def test_answers_and_loss_have_batches_of_their_own(course, monkeypatch):
         sizes["loss"].append(batch_size)
         return loss(model, tokenizer, conversations, batch_size, terminator)
 
-    monkeypatch.setattr(generation, "answers", spy_answers)
+    monkeypatch.setattr(evaluation, "answers", spy_answers)
     monkeypatch.setattr(evaluation, "assistant_token_loss", spy_loss)
     before_after(free_text_profile(), course / "adapter", row_count=3)
     assert sizes == {"answers": [32, 32], "loss": [4, 4]}
@@ -474,7 +473,7 @@ def test_a_long_accepted_answer_is_not_cut(monkeypatch, nano_model, nano_tokeniz
         limits.append((max_new_tokens, len(wanted)))
         return [Answer("", True, 0)] * len(wanted)
 
-    monkeypatch.setattr(generation, "answers", spy)
+    monkeypatch.setattr(evaluation, "answers", spy)
     long = {"instruction": "好？", "output": "好。", "check": {"type": "one_of", "answers": ["好。", "好" * 70]}}
     evaluate_rows(nano_model, nano_tokenizer, [MINE[0], long, MINE[1]], max_new_tokens=150)
     assert limits == [(64, 1), (150, 2)]
@@ -544,8 +543,8 @@ def test_glm4_nano_is_scored_in_float32(monkeypatch, tmp_path):
         seen.append(dtype)
         raise ModelError("far enough", "none")
 
-    monkeypatch.setattr(models, "load_base_model", stop)
-    monkeypatch.setattr(adapters, "check_adapter", lambda *_: None)
+    monkeypatch.setattr(evaluation, "load_base_model", stop)
+    monkeypatch.setattr(evaluation, "check_adapter", lambda *_: None)
     with pytest.raises(ModelError, match="far enough"):
         before_after(get_profile("glm4-nano"), tmp_path)
     assert seen == [torch.float32]

@@ -60,7 +60,12 @@ def bring(packages: Path, name: str, version: str) -> None:
 
 def clone_beside(folder: Path) -> Path:
     clone = folder / "the course"
-    for name in ("notebooks/start.py", "glm4_helpers/__init__.py", "glm4_helpers/errors.py"):
+    for name in (
+        "notebooks/start.py",
+        "glm4_helpers/__init__.py",
+        "glm4_helpers/support/__init__.py",
+        "glm4_helpers/support/errors.py",
+    ):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, clone / name)
     return clone

@@ -96,7 +96,8 @@ def test_notebook_01_trains_in_bfloat16_only_where_the_gpu_has_it(cards, card, a
     source = next(cell.source for cell in cells if "settings = SFTConfig(" in cell.source)
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
     names = {"profile": get_profile("glm4-nano"), "model": on_gpu, "EPOCHS": 1, "outputs_dir": lambda name: tmp_path}
-    exec(source, names | {"LoraConfig": LoraConfig, "SFTConfig": SFTConfig, "models": models} | (made := {}), made)
+    names |= {"LoraConfig": LoraConfig, "SFTConfig": SFTConfig, "native_bfloat16": gpus.native_bfloat16}
+    exec(source, names, made := {})
     assert made["settings"].bf16 == autocast
 
 

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
 
-from glm4_helpers import chat_format, generation
+from glm4_helpers import chat_format
+from glm4_helpers.chat import conversation
 from glm4_helpers.chat.conversation import OWN, Reply, Speakers, Turn, all_messages, history
 from glm4_helpers.chat.transcript import markdown_text, to_html, to_markdown
 from glm4_helpers.checks.adapters import save_adapter_facts
@@ -361,7 +362,7 @@ def test_unforeseen_errors_are_shown_too(box, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of <memory>")
 
-    monkeypatch.setattr(generation, "stream", broken)
+    monkeypatch.setattr(conversation, "stream", broken)
     box.send("你好", wait=True)
     assert "RuntimeError: out of &lt;memory&gt;" in box._log.value
     assert isinstance(box.last_error, RuntimeError) and not box.busy

@@ -21,8 +21,9 @@ from ..profiles import Profile, get_profile, profile_names
 from ..support.errors import CourseError
 from ..support.files import GIB
 from ..support.paths import home
+from . import hardware
 from .gpus import BFLOAT16_FIX, TORCH, torch_fix, torch_index
-from .hardware import Gpu, Machine, counted, gpu_text, nvidia_driver, package_version, this_machine
+from .hardware import Gpu, Machine, counted, gpu_text, package_version, this_machine
 from .room import needs
 
 
@@ -217,7 +218,7 @@ def _driver_check(here: Machine, profile: Profile) -> list[Check]:
     """What NVIDIA's driver and torch's build make of each other; no check without such a driver."""
     if here.driver is None:
         return []
-    index = torch_index(*nvidia_driver()) or "none, the driver is too old"
+    index = torch_index(*hardware.nvidia_driver()) or "none, the driver is too old"
     found = f"NVIDIA {here.driver} (index for torch {TORCH}: {index}), torch {here.torch} {_torch_build()}"
     unused = not here.gpus or not all(gpu.in_build for gpu in here.gpus)
     if unused and (here.gpus or needs(profile).gpu_memory_gib):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..support.errors import SettingError
-from . import gpus
-from .hardware import nvidia_driver
+from . import hardware
+
+if TYPE_CHECKING:
+    import torch
 
 TORCH = "2.13.0"
 """The version in constraints.txt."""
@@ -73,7 +74,7 @@ def unused_nvidia_gpu() -> bool:
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    return not hidden and not torch.cuda.is_available() and bool(nvidia_driver()[1])
+    return not hidden and not torch.cuda.is_available() and bool(hardware.nvidia_driver()[1])
 
 
 def torch_index(driver: str, capabilities: tuple[float, ...] = ()) -> str | None:
@@ -90,7 +91,7 @@ def torch_index(driver: str, capabilities: tuple[float, ...] = ()) -> str | None
 
 def torch_fix() -> str:
     """The pip line for the torch that can use NVIDIA's driver and cards here."""
-    driver, capabilities = nvidia_driver()
+    driver, capabilities = hardware.nvidia_driver()
     index = torch_index(driver, capabilities) if driver else "cu130"
     if index is None:
         return f"Update NVIDIA's driver {driver} to 580 or newer: torch {TORCH} has no build for it and these cards."
@@ -99,9 +100,11 @@ def torch_fix() -> str:
 
 def default_device() -> torch.device:
     """This process's GPU where there is one (LOCAL_RANK among several), else the CPU."""
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if gpus.launched() else 0)
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched() else 0)
 
 
 def native_bfloat16() -> bool:
@@ -109,4 +112,6 @@ def native_bfloat16() -> bool:
 
     A T4 or V100 emulates it, several times slower than float32. Autocast in bfloat16 pays only where this is true.
     """
+    import torch
+
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -15,8 +15,7 @@ from ..profiles import Needs, Profile
 from ..support.errors import MachineError
 from ..support.files import GIB
 from ..support.paths import CHECKPOINTS
-from . import memory
-from .hardware import this_machine
+from . import gpus, hardware, memory
 
 
 def needs(profile: Profile) -> Needs:
@@ -45,10 +44,9 @@ def require_room(
     """Raise MachineError, with the numbers and the nearest setting that fits, where a training can't have its memory
     or its disk space. ``lengths`` are those of all rows in tokens; ``folder`` is where checkpoints go."""
     from ..checks.shapes import model_config
-    from .gpus import default_device
 
-    on_gpu = default_device().type == "cuda"
-    here = this_machine(next(parent for parent in (folder, *folder.parents) if parent.exists()))
+    on_gpu = gpus.default_device().type == "cuda"
+    here = hardware.this_machine(next(parent for parent in (folder, *folder.parents) if parent.exists()))
     shape = memory.shape_of(model_config(profile))
     disk = _checkpoint_gib(profile, shape, zero_stage)
     # Those of an interrupted run make room as new ones come.
