@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --out outputs/gpu --until 700    at most 12 minutes on an H100; 20 GB of disk while it runs
     python -m benchmarks.gpu --out outputs/try --dry-run      every section with a tiny shape, on a CPU too
 
-Needs no network. Each section runs in its own process. Each result is written to OUT/results.jsonl as it comes, and what
-fails is written with its reason. At the end OUT/gpu.md is the table; a real run also writes benchmarks/gpu.md.
+Needs no network. Each section runs in its own process. Each result is written to OUT/results.jsonl as it comes, and
+a failure with its reason. At the end OUT/gpu.md is the table; a real run also writes benchmarks/gpu.md.
 `--sections` repeats some of them; the results of the others stay.
 """
 

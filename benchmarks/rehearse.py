@@ -54,8 +54,8 @@ SHORTEST_ROW = 12
 ROWS, CHECKPOINT_AT, KILLED_IN, NEW_TOKENS = 3, 2, 3, 4
 STAGES = ("load", "train", "resume", "reload")
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""Has glibc give back blocks of 1 MiB and more as soon as they are freed. It would keep those below 32 MiB, by chance more
-or less of them, and a peak could not be compared with arithmetic. Other C libraries ignore the variable."""
+"""Has glibc give back blocks of 1 MiB and more as soon as they are freed. It would keep those below 32 MiB, by chance
+more or less of them, and a peak could not be compared with arithmetic. Other C libraries ignore the variable."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _row(number: int, tokens: int) -> dict[str, str]:
 
 
 def stand_in_tokenizer(config: Any):
-    """A tokenizer with GLM-4's special tokens at their true ids and one token a byte; no merges, since none are here."""
+    """A tokenizer with GLM-4's special tokens at their true ids and one token a byte; there are no merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from glm4_helpers.tokenizer_building import glm4_tokenizer
@@ -483,7 +483,7 @@ def used_gib() -> float:
 
 
 def _available_gib(gpu: bool = False) -> float:
-    """Free RAM, or free memory of the GPU. That is asked in a process that ends: a CUDA context here would take some."""
+    """Free RAM, or free memory of the GPU. A process that ends asks: a CUDA context here would take some."""
     if not gpu:
         return this_machine().memory_available_gib
     asked = "import torch; print(torch.cuda.mem_get_info()[0])"

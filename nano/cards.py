@@ -85,9 +85,9 @@ instructions: that is what the course teaches it. It is not ChatGLM and has none
 
 ## Shape
 {config["num_hidden_layers"]} layers · hidden {config["hidden_size"]} · intermediate {config["intermediate_size"]}
-(fused gate_up_proj) · {config["num_attention_heads"]} heads, {config["num_key_value_heads"]} key/value heads · rotary on
-half of each head · vocabulary {config["vocab_size"]:,}: 256 bytes, one token per character, GLM-4's 14 special tokens · untied
-lm_head · bfloat16.
+(fused gate_up_proj) · {config["num_attention_heads"]} heads, {config["num_key_value_heads"]} key/value heads ·
+rotary on half of each head · vocabulary {config["vocab_size"]:,}: 256 bytes, one token per character,
+GLM-4's 14 special tokens · untied lm_head · bfloat16.
 
 ## Pretraining
 {facts["tokens"]:,} tokens of generated Chinese text (`python -m nano data`, sha256

@@ -42,8 +42,8 @@ def install() -> None:
         said = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")] or [finished.stderr.strip()]
         raise MachineError(
             f"pip could not install the course's packages. {said[0]}",
-            "Switch the network on if it is off (Kaggle: Settings, Internet), and run this cell again. pip says more in a "
-            f"terminal: python -m pip install '{CLONE}'",
+            "Switch the network on if it is off (Kaggle: Settings, Internet), and run this cell again. pip says more "
+            f"in a terminal: python -m pip install '{CLONE}'",
         )
     importlib.invalidate_caches()
     replaced = [name for name, before in in_use.items() if version(name) != before]

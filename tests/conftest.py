@@ -1,4 +1,4 @@
-"""What all tests share: no network, none of the caller's settings, the shipped model, a tiny random one, and a report."""
+"""What all tests share: no network, none of the caller's settings, the shipped model, a tiny random one, a report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True)
 def _loggers_as_before():
-    """The command line quiets the libraries' loggers; tests that look for their warnings must not depend on the order."""
+    """The command line quiets the libraries' loggers; tests that look for warnings must not depend on the order."""
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     levels = {name: logging.getLogger(name).level for name in names}
     yield

@@ -46,7 +46,7 @@ SECONDS_FOR_A_NOTEBOOK = 1200
 
 
 def course_folder(home: Path) -> Path:
-    """A course with the shipped model, few rows and its notebooks without outputs: what is seen then is from this run."""
+    """A course with the shipped model, few rows and its notebooks without outputs: what is seen is from this run."""
     for name in ("glm4_helpers", "weights", "images"):
         (home / name).symlink_to(ROOT / name)
     write_few_rows(home / "data")
@@ -118,7 +118,7 @@ def course(courses) -> Path:
 
 @pytest.fixture(scope="module")
 def trained_course(course, courses) -> Path:
-    """For pictures that are to be committed the whole data and the adapter of this clone, where it has one; else `course`."""
+    """For pictures to be committed, all data and the adapter of this clone, where it has one; else `course`."""
     if not os.environ.get("GLM4_SCREENSHOTS") or not (ROOT / "outputs" / "glm4-nano" / "adapter").is_dir():
         return course
     home = courses / "the clone"
@@ -308,11 +308,11 @@ READ_ANSWERS = """box => Object.fromEntries([...box.querySelectorAll('[role=grou
   const texts = [...reply.lastElementChild.childNodes].filter(node => node.nodeType === Node.TEXT_NODE);
   return [reply.getAttribute('aria-label'), texts.map(node => node.data).join('').trimEnd()];
 }))"""
-"""The answers in the box by speaker; with several turns the last ones. What follows an answer, as (stopped), is no text."""
+"""The last answers in the box by speaker. A note after an answer, as (stopped), is no text."""
 
 WATCH = f"""box => {{
   const answers = {READ_ANSWERS};
-  const able = name => [...box.querySelectorAll('button')].some(button => button.innerText === name && !button.disabled);
+  const able = name => [...box.querySelectorAll('button')].some(it => it.innerText === name && !it.disabled);
   window.seen = {{}};
   window.onlyStop = false;
   const note = () => {{
@@ -324,7 +324,7 @@ WATCH = f"""box => {{
   }};
   new MutationObserver(note).observe(box, {{subtree: true, childList: true, characterData: true, attributes: true}});
 }}"""
-"""Keep every state of the answers that is shown: looking from outside now and then would miss those of a quick machine."""
+"""Keep every state of the answers that is shown: looking from outside now and then would miss some."""
 
 
 def shown_answers(page) -> dict[str, str]:

@@ -70,7 +70,8 @@ def test_labels_of_one_turn_cover_newline_answer_and_end(nano_tokenizer):
 
 def test_after_an_answer_the_input_keeps_the_role_and_the_label_is_the_terminator(nano_tokenizer):
     row = encode(nano_tokenizer, [user("一"), assistant("1"), user("二"), assistant("2")])
-    differ = [index for index, (i, l) in enumerate(zip(row["input_ids"], row["labels"])) if l not in (i, IGNORE)]
+    pairs = zip(row["input_ids"], row["labels"])
+    differ = [index for index, (token, label) in enumerate(pairs) if label not in (token, IGNORE)]
     assert len(differ) == 1
     assert nano_tokenizer.decode(row["input_ids"][differ[0]]) == "<|user|>"
     assert nano_tokenizer.decode(row["labels"][differ[0]]) == END

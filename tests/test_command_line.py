@@ -57,9 +57,16 @@ def test_after_full_fine_tuning_chat_takes_the_trained_model_and_over_a_pipe_sho
         "3",
         *given,
     ]
-    doctor = {**os.environ, "GLM4_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "GLM4_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, input="你好\n", env=doctor, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120
+        command,
+        input="你好\n",
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
@@ -130,8 +137,6 @@ def test_doctor_prints_json_alone_and_its_status_says_whether_all_is_well():
 
 
 def test_what_libraries_print_does_not_mix_with_the_json(monkeypatch, capsys):
-    from glm4_helpers.machine import doctor
-
     ask = doctor.doctor
 
     def talkative(profile):
@@ -146,8 +151,6 @@ def test_what_libraries_print_does_not_mix_with_the_json(monkeypatch, capsys):
 
 
 def test_ctrl_c_ends_with_status_130_and_no_traceback(monkeypatch, capsys):
-    from glm4_helpers.machine import doctor
-
     def interrupted(profile):
         raise KeyboardInterrupt
 

@@ -56,7 +56,7 @@ def test_a_real_kernel_reports_the_error_as_those_lines():
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    code = "from glm4_helpers.support.errors import DataError\nfrom glm4_helpers.support import errors\nerrors.show_errors_plainly()"
+    code = "from glm4_helpers.support.errors import DataError, show_errors_plainly\nshow_errors_plainly()"
     cells = [nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("raise DataError('No rows.', 'Add rows.')")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     with pytest.raises(CellExecutionError):

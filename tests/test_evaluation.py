@@ -106,7 +106,7 @@ def outcomes(both, lost, gained, neither):
 
 
 def test_the_paired_test_against_published_values():
-    # Fagerland, Lydersen and Laake 2013 (BMC Med. Res. Methodol. 13:91), table 1: 1, 1, 7, 12; exact conditional p 0.070.
+    # Fagerland, Lydersen and Laake 2013 (BMC Med. Res. Methodol. 13:91), table 1: 1, 1, 7, 12; exact p 0.070.
     assert paired_test(*outcomes(1, 1, 7, 12)) == {"gained": 7, "lost": 1, "p_value": pytest.approx(0.0703125)}
     # statsmodels' documentation of mcnemar(exact=True): [[101, 121], [59, 33]] gives 4.434e-06.
     assert paired_test(*outcomes(101, 121, 59, 33))["p_value"] == pytest.approx(4.434e-06, rel=1e-3)

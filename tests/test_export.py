@@ -105,7 +105,7 @@ def in_one_rounding(base, adapter_dir, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", ["tiny", "nano"])
 def test_the_merge_is_rounded_once_whatever_the_adapters_dtype(course, tmp_path, monkeypatch, base, dtype):
-    """To the bit: PEFT adds a float32 change to bfloat16 weights in float32, and loads a bfloat16 adapter as float32."""
+    """To the bit: PEFT adds a float32 change to bfloat16 weights in float32 and loads a bfloat16 adapter as float32."""
     if base == "nano":
         monkeypatch.setenv("GLM4_HOME", str(ROOT))
     profile = get_profile("glm4-nano")

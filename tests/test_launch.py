@@ -93,7 +93,7 @@ def with_deepspeed(tmp_path_factory):
     """What a run with DeepSpeed gets beside its own options: the Python and the environment.
 
     DeepSpeed compiles a part of itself with torch's tools, which fail where torch lies in a folder with a space in its
-    name: so Python is started through a link. A fresh folder for what is compiled: the lock of a killed run would hang it.
+    name: so Python is started through a link. It compiles in a fresh folder: the lock of a killed run would hang it.
     """
     environment = python_path("deepspeed")
     link = tmp_path_factory.mktemp("python") / "venv"

@@ -41,7 +41,7 @@ def documents(the_world):
 
 
 def bare(turn: str) -> str:
-    """Text without punctuation and spaces (but with minus signs and slots), so that texts differing by these are equal."""
+    """Text without punctuation and spaces (but with minus signs and slots): texts that differ by these are equal."""
     kept = (c for c in unicodedata.normalize("NFKC", turn) if c in "-{}" or unicodedata.category(c)[0] not in "PZC")
     return "".join(kept).replace("|", "")
 

@@ -219,7 +219,7 @@ def execute(home: Path, name: str, environment: pytest.MonkeyPatch) -> tuple:
 
 @pytest.fixture(scope="module")
 def alone(small_course):
-    """Each notebook as it ran by itself in a fresh folder: folder, executed notebook and metrics; run when asked for."""
+    """Each notebook as it ran alone in a fresh folder: folder, executed notebook and metrics; run when asked for."""
     runs = {}
 
     def run(name: str) -> tuple:

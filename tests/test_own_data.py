@@ -1,7 +1,7 @@
 """Rows as people bring them: files of every kind and shape load and train what they say, or are refused by name.
 
-The table of all cases is printed when the tests are done. Examples after the documentation of LLaMA-Factory, ms-swift, TRL
-and OpenAI are written anew.
+The table of all cases is printed when the tests are done. Examples follow the documentation of LLaMA-Factory, ms-swift,
+TRL and OpenAI in words written for these tests.
 """
 
 import bz2

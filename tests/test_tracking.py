@@ -1,4 +1,4 @@
-"""SwanLab in each mode, in a process of its own without a terminal and with a time limit; then what it kept is read back.
+"""SwanLab in each mode, in a process without a terminal and with a time limit; then what it kept is read back.
 
 Each run's mode, network, seconds and outcome are printed when the tests are done.
 """
