@@ -1,6 +1,7 @@
 # Every target first makes .venv and installs the course into it, once; then it goes.
 #   make course     run the five notebooks (copies, in outputs/) and print the scores before and after
 #   make test       every test, the slow ones too
+#   make lint       check style and format with ruff
 #   make lab        JupyterLab on the notebooks
 #   make notebooks  run the notebooks, store their outputs in place, and take the pictures anew
 #   make screenshots  the pictures alone; the chat box speaks with the adapter in outputs/, where there is one
@@ -15,7 +16,7 @@
 # folder's own path do no harm.
 
 .DEFAULT_GOAL := course
-.PHONY: course test lab notebooks screenshots bench install clean
+.PHONY: course test lint lab notebooks screenshots bench install clean
 
 RUN = .venv/bin/python
 INSTALLED = .venv/installed
@@ -31,6 +32,10 @@ course: $(INSTALLED)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(RUN) -m pytest $(PYTEST)
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 lab: $(INSTALLED)
 	$(RUN) -m jupyter lab notebooks $(AS_ROOT)

@@ -157,7 +157,7 @@ def stand_in_tokenizer(config: Any):
     """A tokenizer with GLM-4's special tokens at their true ids and one token a byte; there are no merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from glm4_helpers.tokenizer_building import glm4_tokenizer
+    from nano.tokenizer import glm4_tokenizer
 
     first = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

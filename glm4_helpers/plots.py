@@ -9,7 +9,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,14 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+from .support.fonts import CHINESE_FONTS, SHIPPED_FAMILY, SHIPPED_FONT
+
 BEFORE, AFTER, ACCENT = "#8a94a6", "#1f6fb2", "#c2571a"
 """Grey before, blue after, orange for what is pointed at: told apart without colour vision, too."""
 
 CYCLE = ("#1f6fb2", "#c2571a", "#3d8b5f", "#8659a8", "#b0902c", "#8a94a6", "#bd4a6e")
 TEXT, FAINT, BACKGROUND = "#1f2430", "#d7dbe3", "#fcfcfd"
-
-SHIPPED_FONT = Path(__file__).parent / "fonts" / "CourseSansSC-Regular.otf"
-SHIPPED_FAMILY = "Course Sans SC"
 
 SET_LABELS = {
     "unseen_rows": "unseen rows",
@@ -456,26 +454,3 @@ def memory_figure(parts: Mapping[str, Mapping[str, float]], limit: float | None 
 
 def _unit(largest: float) -> tuple[float, str]:
     return (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
-
-
-CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Microsoft YaHei",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "SimHei",
-    "Heiti SC",
-    "PingFang HK",
-    "Heiti TC",
-    "STHeiti",
-    "Songti SC",
-    "SimSun",
-    "Arial Unicode MS",
-    "Noto Sans CJK JP",
-)
-"""Families with Chinese glyphs on Linux, macOS and Windows, in the order they are preferred; plots use the first one
-installed."""

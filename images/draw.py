@@ -8,6 +8,7 @@ background of its own and so reads the same in dark themes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from glm4_helpers.plots import ACCENT, AFTER, BACKGROUND, BEFORE, SHIPPED_FAMILY, SHIPPED_FONT, TEXT, style
+from glm4_helpers.plots import ACCENT, AFTER, BACKGROUND, BEFORE, TEXT, style
+from glm4_helpers.support.fonts import SHIPPED_FAMILY, SHIPPED_FONT
 
 FOLDER = Path(__file__).resolve().parent
-GREEN, PURPLE = "#3d8b5f", "#8659a8"
+GREEN, PURPLE, FAINT_LINE = "#3d8b5f", "#8659a8", "#9aa1b0"
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -42,36 +44,50 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, shrinkA=2, shrinkB=2))
 
 
+ROOMS = {"rows": (6.4, GREEN), "checks": (4.85, PURPLE), "machine": (3.3, ACCENT), "runs": (1.75, AFTER)}
+"""Middle and colour of the rooms that the core uses; support, which every module uses, is a bar below them all."""
+GUESTS = {"widgets": 5.5, "chat": 3.6}
+"""Middle of the rooms that use a part of the core; cli, which uses nearly all, is a bar above."""
+TOP, STEP = 7.2, 0.66
+"""Middle of the core's first box, and from one to the next, in inches."""
+
+
 def data_flow() -> Figure:
-    """One row's way through the modules, in the order of the notebooks."""
-    figure, axes = _canvas(10.6, 1.9 + 1.3)
-    above = (("rows", "data/train.json"), ("messages", "datasets"), ("token ids, labels", "chat_format"))
-    below = (
-        ("trainer", "training (TRL)", AFTER),
-        ("adapter", "outputs/", ACCENT),
-        ("answers", "generation", AFTER),
-        ("scores, plots, chat", "evaluation, plots, widgets", PURPLE),
-    )
-    _step(axes, 0.3, 2.15, "profile", "profiles", BEFORE)
-    _step(axes, 0.3, 0.35, "tokenizer, base model", "models", BEFORE)
-    for place, (title, module) in enumerate(above):
-        _step(axes, 2.9 + 2.5 * place, 2.15, title, module, GREEN)
-        _arrow(axes, (2.3 if place == 0 else 2.4 + 2.5 * place, 2.5), (2.9 + 2.5 * place, 2.5))
-    for place, (title, module, colour) in enumerate(below):
-        left = 2.75 + 1.95 * place
-        _step(axes, left, 0.35, title, module, colour, 1.5 if place < 3 else 1.7)
-        _arrow(axes, (2.3 if place == 0 else left - 0.45, 0.7), (left, 0.7))
-    _arrow(axes, (1.3, 2.15), (1.3, 1.05))
-    axes.plot([8.9, 8.9, 3.5], [2.15, 1.6, 1.6], color=TEXT, linewidth=1.2)
-    _arrow(axes, (3.5, 1.63), (3.5, 1.05))
+    """The core in reading order with what flows, the rooms around it, and who opens which room: images/house.json."""
+    house = json.loads((FOLDER / "house.json").read_text(encoding="utf-8"))
+    arrows, rooms = house["arrows"], house["rooms"]
+    figure, axes = _canvas(10.6, 8.3)
+    heights = {module: TOP - STEP * place for place, (module, _) in enumerate(house["core"])}
+    for module, what in house["core"]:
+        _unit(axes, 4.1, heights[module], 2.2, module, what, BEFORE)
+    for above, below in zip(heights.values(), [*heights.values()][1:]):
+        _arrow(axes, (5.2, above - 0.24), (5.2, below + 0.24))
+    for room, (middle, colour) in ROOMS.items():
+        _unit(axes, 7.9, middle, 2.5, room, rooms[room], colour)
+        doors = [module for module in heights if room in arrows[module]]
+        for place, module in enumerate(doors):
+            end = middle + 0.06 * ((len(doors) - 1) / 2 - place)
+            _arrow(axes, (6.3, heights[module]), (7.9, end), colour)
+    for room, middle in GUESTS.items():
+        _unit(axes, 0.2, middle, 2.35, room, rooms[room], TEXT)
+        doors = [module for module in heights if module in arrows[room]]
+        for place, module in enumerate(doors):
+            start = middle + 0.06 * ((len(doors) - 1) / 2 - place)
+            _arrow(axes, (2.55, start), (4.1, heights[module]), FAINT_LINE)
+    for bar, middle, arrow in (
+        ("cli", 7.95, (7.71, TOP + 0.24)),
+        ("support", 0.35, (heights["notebook"] - 0.24, 0.59)),
+    ):
+        _unit(axes, 0.2, middle, 10.2, bar, rooms[bar], TEXT)
+        _arrow(axes, (5.2, arrow[0]), (5.2, arrow[1]))
     return figure
 
 
-def _step(axes: Axes, left: float, bottom: float, title: str, module: str, colour: str, width: float = 2.0) -> None:
-    """A box with what flows and the module that makes it."""
-    _box(axes, left, bottom, width, 0.7, "", colour)
-    axes.text(left + width / 2, bottom + 0.45, title, ha="center", va="center", size=10)
-    axes.text(left + width / 2, bottom + 0.2, module, ha="center", va="center", size=7.5)
+def _unit(axes: Axes, left: float, middle: float, width: float, name: str, what: str, colour: str) -> None:
+    """A box with a module's or room's name and what flows through it or is in it."""
+    _box(axes, left, middle - 0.24, width, 0.48, "", colour)
+    axes.text(left + width / 2, middle + 0.09, name, ha="center", va="center", size=10)
+    axes.text(left + width / 2, middle - 0.11, what, ha="center", va="center", size=8)
 
 
 PIECES = (

@@ -21,7 +21,8 @@ from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrained
 from glm4_helpers.checks.chat_template import stop_ids
 from glm4_helpers.cli.export import save_tokenizer
 from glm4_helpers.support.errors import MachineError, ModelError
-from glm4_helpers.tokenizer_building import glm4_tokenizer
+
+from .tokenizer import glm4_tokenizer
 
 
 def build_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -1,10 +1,13 @@
 """The doctor: what it finds on this machine, and what it says about machines it is told of."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from glm4_helpers.machine import doctor, hardware, memory, room
 from glm4_helpers.machine.hardware import Gpu, Machine
@@ -182,9 +185,17 @@ def test_a_machine_without_chinese_fonts_is_told_how_to_get_one(monkeypatch, tmp
     from matplotlib import font_manager
 
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "machine" / "doctor.py"))
+    monkeypatch.setattr(doctor, "SHIPPED_FONT", tmp_path / "subset.otf")
     check = doctor._font_check()
     assert not check.ok and "fonts-noto-cjk" in check.fix
-    (tmp_path / "fonts").mkdir()
-    (tmp_path / "fonts" / "subset.otf").touch()
+    (tmp_path / "subset.otf").touch()
     assert doctor._font_check().ok
+
+
+def test_a_machine_without_matplotlib_is_told_to_install_it():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from glm4_helpers.machine import doctor; print(doctor._font_check().fix)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert finished.stdout.startswith('python -m pip install "matplotlib'), finished.stderr

@@ -20,7 +20,7 @@ from glm4_helpers.chat_format import prompt_ids
 from glm4_helpers.checks.chat_template import stop_ids
 from glm4_helpers.generation import Answer, Sampling, _pieces, answers, continuations, fit_history, stream
 from glm4_helpers.support.errors import DataError, SettingError
-from glm4_helpers.tokenizer_building import glm4_tokenizer
+from nano.tokenizer import glm4_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ CONSTRAINTS = [
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if line and not line.startswith("#")
 ]
-TARGETS = ("course", "test", "lab", "notebooks", "screenshots", "bench")
+TARGETS = ("course", "test", "lint", "lab", "notebooks", "screenshots", "bench")
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed (Windows)")
 needs_git = pytest.mark.skipif(

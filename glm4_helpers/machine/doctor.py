@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..plots import CHINESE_FONTS
 from ..profiles import Profile, get_profile, profile_names
 from ..support.errors import CourseError
 from ..support.files import GIB
+from ..support.fonts import CHINESE_FONTS, SHIPPED_FONT
 from ..support.paths import home
 from . import hardware
 from .gpus import BFLOAT16_FIX, TORCH, torch_fix, torch_index
@@ -305,7 +305,7 @@ def _font_check() -> Check:
     for family in CHINESE_FONTS:
         if family in installed:
             return Check("Chinese font", True, family)
-    if any((Path(__file__).parents[1] / "fonts").glob("*.[ot]tf")):
+    if SHIPPED_FONT.is_file():
         return Check("Chinese font", True, "none installed; plots use the one that comes with the course")
     fix = "Install one (Debian, Ubuntu: sudo apt install fonts-noto-cjk), then run this again."
     return Check("Chinese font", False, "none that matplotlib knows", fix)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from .checks.chat_template import CHAT_TEMPLATE, PREFIX, SPECIAL_TOKENS, TERMINATOR
+from glm4_helpers.checks.chat_template import CHAT_TEMPLATE, PREFIX, SPECIAL_TOKENS, TERMINATOR
 
 
 def glm4_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:

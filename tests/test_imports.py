@@ -1,0 +1,47 @@
+"""The arrows of the house: a unit, which is a core module or a room, imports only what images/house.json allows."""
+
+import ast
+import json
+from graphlib import TopologicalSorter
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "glm4_helpers"
+HOUSE = json.loads((ROOT / "images" / "house.json").read_text(encoding="utf-8"))
+ENTRY = {"__init__": [], "__main__": ["cli"]}
+"""The package's list of names and `python -m glm4_helpers`; neither is a unit."""
+
+
+def imports(file):
+    """Line and full name of each import in the file, also within functions."""
+    package = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def test_every_import_is_an_arrow_that_the_house_allows():
+    units, wrong = HOUSE["arrows"], []
+    unused = {(unit, to) for unit, allowed in units.items() for to in allowed}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        unit = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        for line, name in imports(file):
+            top, _, rest = name.partition(".")
+            to = rest.partition(".")[0] if top == PACKAGE.name else top
+            unused.discard((unit, to))
+            inside = top == PACKAGE.name and to not in ("__version__", unit)
+            if top in ("nano", "benchmarks", "notebooks") or inside and to not in (ENTRY | units).get(unit, ()):
+                wrong.append(f"{file.relative_to(ROOT)}:{line}: {unit} -> {to}")
+    assert not wrong, "arrows that images/house.json does not allow:\n" + "\n".join(wrong)
+    assert not unused, f"arrows in images/house.json that no import draws: {sorted(unused)}"
+
+
+def test_the_house_lists_every_unit_and_has_no_circle():
+    TopologicalSorter(HOUSE["arrows"]).prepare()  # raises CycleError, which names the circle
+    units = {file.stem for file in PACKAGE.glob("*.py")} | {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
+    core = [module for module, _ in HOUSE["core"]]
+    assert set(HOUSE["arrows"]) == {*core, *HOUSE["rooms"]} == units - set(ENTRY)
