@@ -24,7 +24,8 @@ from .support.paths import home
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from profiles import Profile
+
+    from .profiles import Profile
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,8 @@ def split(dataset: Dataset, dev_fraction: float, seed: int) -> tuple[Dataset, Da
     dev = dataset.select([index for index, out in enumerate(held_out) if out])
     if len(train) == 0 or (dev_fraction > 0 and len(dev) == 0):
         raise DataError(
-            f"Holding out {dev_fraction:.1%} of {len(dataset)} rows gives {len(train)} to train on, {len(dev)} for dev.",
+            f"Holding out {dev_fraction:.1%} of {len(dataset)} rows gives {len(train)} to train on, "
+            f"{len(dev)} for dev.",
             "Use more rows or another dev_fraction.",
         )
     return train, dev

@@ -7,7 +7,6 @@ come from generation.py; figures are drawn in plots.py. Nothing here trains or c
 from __future__ import annotations
 
 import gc
-import json
 import math
 import unicodedata
 from collections import Counter
@@ -25,7 +24,7 @@ from .chat_format import IGNORE, encode, prompt_ids
 from .checks.adapters import check_adapter, check_trained_model
 from .checks.chat_template import TERMINATOR, stop_ids
 from .checks.shapes import meta_model
-from .checks.weights import base_folder, check_weights
+from .checks.weights import base_folder, check_weights, read_required_json
 from .data import to_messages
 from .generation import Answer, answers, continuations
 from .held_out import FREE_TEXT_ROWS, SET_NAMES, read_free_text, read_held_out, read_plain, training_overlap
@@ -200,11 +199,10 @@ def evaluate_rows(
         records.append(record)
     checked = [record for record in records if record["right"] is not None]
     free = [record for record in records if record["right"] is None]
-    kinds = sorted({record["kind"] for record in checked})
     return SetScores(
         accuracy=Rate.of(record["right"] for record in checked) if checked else None,
         exact=Rate.of(record["exact"] for record in free) if free else None,
-        kinds={kind: Rate.of(record["right"] for record in checked if record["kind"] == kind) for kind in kinds},
+        kinds=_rates_by_kind(checked, [record["right"] for record in checked]),
         stop_rate=sum(answer.stopped for answer in given) / len(given),
         loss=assistant_token_loss(model, tokenizer, conversations, batch_size, terminator),
         answers=tuple(records),
@@ -265,14 +263,10 @@ def assistant_token_loss(
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
-        width = max(len(item["labels"]) for item in batch)
-        padding = [width - len(item["labels"]) for item in batch]
-        rows = [
-            item["input_ids"] + [tokenizer.pad_token_id] * short for item, short in zip(batch, padding, strict=True)
-        ]
-        ids = torch.tensor(rows)
-        wanted = [item["labels"] + [IGNORE] * short for item, short in zip(batch, padding, strict=True)]
-        labels = torch.tensor(wanted)
+        ids, labels = (
+            nn.utils.rnn.pad_sequence([torch.tensor(item[name]) for item in batch], True, padding)
+            for name, padding in (("input_ids", tokenizer.pad_token_id), ("labels", IGNORE))
+        )
         # Padding on the right is never looked back at, so no attention mask is needed.
         logits = model(input_ids=ids.to(model.device)).logits
         # Row by row: a whole batch in float32 would take gigabytes at GLM-4's vocabulary of 151,552.
@@ -313,14 +307,15 @@ def _begins_with(text: str, accepted: Sequence[str]) -> bool:
 
 
 def _by_kind(items: Sequence[Mapping[str, Any]], right: Sequence[bool]) -> dict[str, Any]:
-    kinds = sorted({item["kind"] for item in items})
-    return {
-        "all": Rate.of(right).as_dict(),
-        "kinds": {
-            kind: Rate.of(hit for item, hit in zip(items, right, strict=True) if item["kind"] == kind).as_dict()
-            for kind in kinds
-        },
-    }
+    kinds = {kind: rate.as_dict() for kind, rate in _rates_by_kind(items, right).items()}
+    return {"all": Rate.of(right).as_dict(), "kinds": kinds}
+
+
+def _rates_by_kind(items: Sequence[Mapping[str, Any]], right: Sequence[bool]) -> dict[str, Rate]:
+    hits: dict[str, list[bool]] = {kind: [] for kind in sorted({item["kind"] for item in items})}
+    for item, hit in zip(items, right, strict=True):
+        hits[item["kind"]].append(hit)
+    return {kind: Rate.of(values) for kind, values in hits.items()}
 
 
 def score_model(
@@ -446,7 +441,7 @@ def find_baseline(profile: Profile, name: str | None = None) -> Path | None:
 
 def baseline_profile(profile: Profile, folder: Path) -> Profile:
     """The profile with another model: its own tokenizer and chat template, the same dtype and quantization."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_required_json(folder / "config.json", "Get the file again.")
     architecture = (config.get("architectures") or [profile.architecture])[0]
     return replace(profile, name=folder.name, base_model=str(folder.resolve()), architecture=architecture, lora=None)
 
@@ -479,7 +474,7 @@ def _rows_lines(result: Mapping[str, Any]) -> list[str]:
     rows = sum(len(figures["answers"]) for figures in result["before"]["sets"].values())
     if result["half"] == "held-out":
         return [f"{rows} rows of free text that training held out, answered through the chat format; [95 % interval]"]
-    lines = [f"{rows} held-out rows of the {result['half']} half, answered through the chat format; [95 % interval]"]
+    lines = [f"{rows} held-out rows of the {result['half']} set, answered through the chat format; [95 % interval]"]
     overlap = result.get("overlap", 0)
     if overlap is None:
         lines.append("not known: how many of them are among the training rows, which are not on this machine")

@@ -5,7 +5,6 @@ Rows are read in data; what is right is decided in evaluation.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat_format import encode
 from .data import can_be_asked, data_source, fingerprint, profile_rows, read_rows, split, to_messages
 from .profiles import Profile, unchanged
-from .rows.files import local_copy, without_nulls
+from .rows.files import canonical, local_copy
 from .support.errors import DataError, SettingError
 from .support.paths import home
 
@@ -91,22 +90,13 @@ def _require_check(check: Any, where: str) -> None:
 
 def read_plain(name: str) -> list[dict[str, Any]]:
     """The plain-text items of data/cloze.json or data/questions.json."""
-    return _read_checked(home() / "data" / f"{name}.json")
+    try:
+        return read_rows(home() / "data" / f"{name}.json")
+    except DataError as error:
+        raise DataError(error.problem, _RESTORE) from None
 
 
 _RESTORE = "Restore it (git checkout -- data) or make it again: python -m nano data"
-
-
-def _read_checked(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there.", _RESTORE) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}", _RESTORE) from None
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} holds no rows.", _RESTORE)
-    return rows
 
 
 def read_free_text(
@@ -118,7 +108,7 @@ def read_free_text(
     would drop (too long, or without an answer) are left out. The training's dev loss is measured on these rows too.
     Raises DataError where the profile holds nothing out.
     """
-    held_out = sorted(_held_out_messages(profile), key=_identity)
+    held_out = sorted(_held_out_messages(profile), key=lambda messages: fingerprint([{"messages": messages}]))
     limit = profile.training.max_length
     usable = (messages for messages in held_out if _is_kept(tokenizer, messages, limit))
     rows = [{"id": str(number), "messages": messages} for number, messages in zip(range(1, count + 1), usable)]
@@ -138,17 +128,13 @@ def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
     return dev["messages"]
 
 
-def _identity(messages: Sequence[Mapping[str, str]]) -> str:
-    return fingerprint([{"messages": messages}])
-
-
 def training_overlap(profile: Profile, held_out: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
     """How many of the rows have a question of the profile's training rows; None where those are on a hub only."""
     sources = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
     if not all(isinstance(data_source(each), Path) or local_copy(each).exists() for each in sources):
         return None
-    trained = {_identity(messages[:-1]) for messages in train_and_dev(profile)[0]["messages"]}
-    return sum(_identity(to_messages(row)[:-1]) in trained for rows in held_out.values() for row in rows)
+    trained = {canonical(messages[:-1]) for messages in train_and_dev(profile)[0]["messages"]}
+    return sum(canonical(to_messages(row)[:-1]) in trained for rows in held_out.values() for row in rows)
 
 
 def _is_kept(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int) -> bool:
@@ -197,8 +183,8 @@ def dev_note(profile: Profile, train: Dataset, dev: Dataset | None) -> str:
             f"Dev set: {len(dev)} of the {len(train) + len(dev)} rows of {profile.train_data}, chosen by their content "
             "and not trained on. Set dev_data or dev_fraction to judge by others."
         )
-    seen = set(map(_text, train["messages"]))
-    shared = sum(_text(messages) in seen for messages in dev["messages"])
+    seen = set(map(canonical, train["messages"]))
+    shared = sum(canonical(messages) in seen for messages in dev["messages"])
     return (
         f"{shared} of the {len(dev)} dev rows are training rows too: the dev loss is lower than on rows never seen."
         if shared
@@ -228,7 +214,3 @@ def _held_out_if_enough(rows: Dataset, fraction: float, seed: int) -> tuple[Data
     except DataError:  # one part would be empty
         return rows, None
     return (train, dev) if len(dev) >= LEAST_DEV_ROWS else (rows, None)
-
-
-def _text(messages: list[dict[str, str]]) -> str:
-    return json.dumps(without_nulls(messages), sort_keys=True)

@@ -6,7 +6,6 @@ Generating text lives in generation, training in training; memory needs are work
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from .checks.adapters import check_adapter
 from .checks.weights import base_folder, check_architecture, check_loaded, check_weights, require_json, weights_fix
 from .machine import gpus, hardware
 from .profiles import Profile
-from .support.errors import MachineError, ModelError, SettingError
+from .support.errors import MachineError, ModelError, SettingError, renamed_names_ignored
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
@@ -186,9 +185,7 @@ def load_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profil
     if isinstance(base_model, PeftModel):
         raise ModelError("This model already carries an adapter.", "Take it off first: base_model = model.unload().")
     check_adapter(base_model, adapter_dir, profile)
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed; there is nothing a learner could change.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with renamed_names_ignored():
         return PeftModel.from_pretrained(base_model, adapter_dir, is_trainable=False).eval()
 
 

@@ -6,17 +6,16 @@ The exercises themselves are in the notebooks, their solutions in notebooks/solu
 from __future__ import annotations
 
 import dis
-import json
 import logging
 import types
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .machine.gpus import use_one_gpu
-from .support.errors import show_errors_plainly
+from .support.errors import ignore_renamed_names, show_errors_plainly
+from .support.files import write_json
 from .support.paths import outputs_dir
 
 RIGHT, WRONG, NOT_ATTEMPTED = "right", "wrong", "not attempted"
@@ -85,13 +84,13 @@ def prepare_notebook() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed sets the level of its logger when it is imported, which would undo a level that is set here.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    ignore_renamed_names()
 
 
 def write_metrics(notebook: str, figures: Mapping[str, float | int | str]) -> Path:
     """Write a notebook's figures to outputs/metrics/NOTEBOOK.json, in place of those of an earlier run."""
     file = outputs_dir("metrics") / f"{notebook}.json"
-    file.write_text(json.dumps(dict(figures), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(file, dict(figures))
     return file
 
 

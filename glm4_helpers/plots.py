@@ -158,7 +158,7 @@ def before_after_figure(result: Mapping[str, Any]) -> Figure:
     rows = {name: len(result["before"]["sets"][name]["answers"]) for name in names}
     _name_rows(left, [f"{SET_LABELS.get(name, name)}\n{rows[name]} rows" for name in scored])
     _name_rows(right, [SET_LABELS.get(name, name) for name in names])
-    left.set_title(f"right answers, {result['half']} half, 95 % intervals")
+    left.set_title(f"right answers, {result['half']} set, 95 % intervals")
     right.set_title("answers that stopped by themselves")
     _legend_below(figure, left)
     return figure
@@ -168,7 +168,8 @@ def before_after_figure(result: Mapping[str, Any]) -> Figure:
 def kinds_figure(result: Mapping[str, Any]) -> Figure:
     """Accuracy of each kind of row in each held-out set, before (hollow) and after (filled), with 95 % intervals.
 
-    The kind with most right answers after fine-tuning, over all sets, is on top. `result` is what `evaluation.before_after` returns, or its JSON.
+    The kind with most right answers after fine-tuning, over all sets, is on top. `result` is what
+    `evaluation.before_after` returns, or its JSON.
     """
     sets = {name: scored for name, scored in result["after"]["sets"].items() if scored["kinds"]}
     kinds = sorted(_right_by_kind(sets).items(), key=lambda item: (-item[1], kind_label(item[0])))

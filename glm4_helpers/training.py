@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from .runs.checkpoints import ANSWERS_FILE, MarkComplete, Start, find_start, unf
 from .runs.processes import join_processes, say, shared, sole_use
 from .runs.provenance import difference, run_facts, with_dtype
 from .runs.results import TrainingResult, load_result, publish, result_of
-from .support.errors import DataError, MachineError, SettingError
+from .support.errors import DataError, MachineError, SettingError, renamed_names_ignored
 from .support.files import read_json, write_json
 from .support.paths import CHECKPOINTS, RUN_FILE, TRAINING_FILE, outputs_dir, shown
 
@@ -137,7 +136,7 @@ def train(
     if profile.lora is not None:
         _check_targets(profile)
     tokenizer = models.load_tokenizer(profile)
-    with sole_use(output), _without_known_warnings():
+    with sole_use(output), renamed_names_ignored():
         rows = _rows(profile, tokenizer, *conversations)  # before anything of an earlier run is removed
         _check_rows(profile, rows)
         require_room(profile, output, rows.lengths, PartialState().num_processes, launched_zero_stage())
@@ -146,9 +145,8 @@ def train(
         facts = run_facts(profile, *conversations)
         start = shared(lambda: find_start(work, facts, resume))
         say(f"Going on from {shown(start.checkpoint)}." if start.checkpoint else "")
-        say(
-            f"Computing in {dtype if dtype.startswith(profile.dtype) else f'{profile.dtype}, as the interrupted run did'}."
-        )
+        resumed = not dtype.startswith(profile.dtype)
+        say(f"Computing in {f'{profile.dtype}, as the interrupted run did' if resumed else dtype}.")
         say(rows_report(*profile_rows(profile, "train_data")))
         say(dev_note(profile, *conversations))
         try:
@@ -215,14 +213,6 @@ def _tracked(profile: Profile, work: Path, start: Start, mode: str) -> Iterator[
         tracking.finish_run(error)
         raise
     tracking.finish_run()
-
-
-@contextmanager
-def _without_known_warnings() -> Iterator[None]:
-    """Without warnings of TRL and PEFT about names that transformers 5.23 has changed: nothing a learner could do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        yield
 
 
 def _out_of_memory(profile: Profile, rows: _Rows, work: Path) -> MachineError:

@@ -218,7 +218,7 @@ def test_the_table_shows_before_and_after_with_intervals():
     table = format_table({"half": "test", "before": side, "after": json.loads(json.dumps(side))})
     assert "before" in table and "after" in table
     assert "50.0% [9.0%, 91.0%]" in table and "75.0%" in table and "1.250" in table
-    assert table.splitlines()[-1].startswith("2 held-out rows of the test half")
+    assert table.splitlines()[-1].startswith("2 held-out rows of the test set")
 
 
 # Free text: the profiles whose rows have no single right answer, on a tiny model with the 9B's settings

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from ..checks.adapters import check_adapter
 from ..generation import Sampling, fit_history, stream
 from ..models import adapter_off, gradients_as_found, load_adapter
 from ..profiles import Profile
-from ..support.errors import ModelError, SettingError
+from ..support.errors import ModelError, SettingError, renamed_names_ignored
 from ..support.paths import CHECKPOINTS
 
 BASE, TUNED = "base", "fine-tuned"
@@ -223,9 +222,7 @@ class Speakers:
             check_adapter(self._model, folder, self._profile)
             # PEFT's names become module names, which can't hold a dot.
             name = f"chat_{len(self._model.peft_config)}"
-            with warnings.catch_warnings():
-                # As in models.load_adapter: PEFT reads an attribute that transformers has renamed.
-                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            with renamed_names_ignored():
                 self._model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
             self._peft_names[adapter] = name
 

@@ -5,7 +5,6 @@ It is loaded in models.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..profiles import Profile
 from ..support.errors import ModelError
+from ..support.files import write_json
 from .weights import base_fingerprint, base_folder, check_weights, damage, read_required_json
 
 FACTS_FILE = "base_model_facts.json"
@@ -34,8 +34,7 @@ def save_adapter_facts(adapter_dir: Path, profile: Profile) -> dict[str, Any]:
     folder = base_folder(profile)
     check_weights(folder, profile)
     facts = {"base_model": profile.base_model, "base_fingerprint": base_fingerprint(folder)}
-    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    (Path(adapter_dir) / FACTS_FILE).write_text(text, encoding="utf-8")
+    write_json(Path(adapter_dir) / FACTS_FILE, facts)
     return facts
 
 
@@ -126,7 +125,7 @@ def _check_facts(adapter_dir: Path, profile: Profile) -> None:
     facts = read_adapter_facts(adapter_dir)
     if facts is None:
         warnings.warn(
-            f"{adapter_dir} has no {FACTS_FILE}: its base model, {profile.base_model} or not, is judged by shapes only.",
+            f"{adapter_dir} has no {FACTS_FILE}: whether it is one of {profile.base_model} is judged by shapes only.",
             stacklevel=4,
         )
         return
@@ -162,8 +161,8 @@ def _check_module_count(model: PreTrainedModel, adapter_dir: Path, matched: Sequ
     if len(matched) == layers * len(targets) and set(kinds) == {target.rpartition(".")[2] for target in targets}:
         return
     raise ModelError(
-        f"The adapter in {adapter_dir} changes {len(matched)} modules ({', '.join(kinds)}); the profile {profile.name} expects "
-        f"{layers * len(targets)} ({layers} layers x {', '.join(targets)}).",
+        f"The adapter in {adapter_dir} changes {len(matched)} modules ({', '.join(kinds)}); the profile {profile.name} "
+        f"expects {layers * len(targets)} ({layers} layers x {', '.join(targets)}).",
         "Use the profile settings it was trained with, or train it again with this profile.",
     )
 

@@ -138,6 +138,10 @@ def weights_fix(profile: Profile) -> str:
 
 
 def read_required_json(file: Path, fix: str) -> dict[str, Any]:
+    """The settings in a JSON file that has to be right; `files.read_json` returns None instead of raising.
+
+    Raises ModelError with this `fix` where it is not JSON or holds no object, OSError where it is absent.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checks.weights import read_required_json
 from ..profiles import Profile, get_profile, profile_names
 from ..support.errors import CourseError, MachineError, ModelError, SettingError, first_line
-from ..support.files import GIB
+from ..support.files import GIB, read_json
 from ..support.paths import home
 
 SOURCES = ("huggingface", "modelscope")
@@ -96,7 +95,7 @@ def refuse_old_name(repository: str) -> None:
 
 def refuse_old_format(folder: Path, repository: str) -> None:
     """Raise SettingError where config.json asks for remote code, as the repositories without -hf do."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_required_json(folder / "config.json", "Run it again, or try the other --source.")
     if "auto_map" in config or config.get("model_type") == "chatglm":
         shutil.rmtree(folder) if _only_config(folder) else None
         raise _old_format(repository, f"{repository}-hf")
@@ -197,15 +196,11 @@ def _check_remote(files: Sequence[RemoteFile], repository: str, source: str) -> 
 
 def _refuse_other_model(folder: Path, profile: Profile) -> None:
     """Another model's folder is left alone: a download would overwrite its files."""
-    config = folder / "config.json"
-    if not config.is_file():
-        return
-    with contextlib.suppress(ValueError):
-        found = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-        if found and profile.architecture not in found:
-            raise ModelError(
-                f"{folder} holds another model ({found[0]}); nothing was overwritten.", "Move the folder away first."
-            )
+    found = (read_json(folder / "config.json") or {}).get("architectures") or []
+    if found and profile.architecture not in found:
+        raise ModelError(
+            f"{folder} holds another model ({found[0]}); nothing was overwritten.", "Move the folder away first."
+        )
 
 
 def _old_format(repository: str, right: str) -> SettingError:
@@ -221,4 +216,4 @@ def _only_config(folder: Path) -> bool:
 
 
 def _is_whole(file: Path, size: int) -> bool:
-    return file.is_file() and os.stat(file).st_size == size
+    return file.is_file() and file.stat().st_size == size

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from ..checks import adapters, chat_template, shapes, weights
 from ..machine import gpus
 from ..profiles import Profile
 from ..support.errors import MachineError, ModelError
-from ..support.files import GIB
+from ..support.files import GIB, read_json, write_json
 from ..support.paths import share_weights
 
 CERTIFICATE_FILE = "certificate.json"
@@ -203,7 +202,7 @@ def _merge_and_certify(profile: Profile, adapter_dir: Path, folder: Path, write:
         agreeing_without=sum(map(int.__eq__, base, adapted)),
         same_ids=_same_ids(tokenizer, folder),
     )
-    _write_json(folder / CERTIFICATE_FILE, {**asdict(certificate), "problems": certificate.problems})
+    write_json(folder / CERTIFICATE_FILE, {**asdict(certificate), "problems": certificate.problems})
     if certificate.problems:
         raise ModelError(
             f"The merged model in {folder} is not what was trained: {'; '.join(certificate.problems)}.",
@@ -292,8 +291,8 @@ def _check_disk(output: Path, profile: Profile) -> None:
 def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="5GB")
     share_weights(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "config.json", config | _older_names(config))
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | _older_names(config))
     if tokenizer.chat_template is None:
         tokenizer.chat_template = chat_template.CHAT_TEMPLATE
     save_tokenizer(tokenizer, folder)
@@ -320,20 +319,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer as transformers 4 and 5 both read it, without what transformers 5 notes about its loading."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_json(file)
     for name in ("backend", "is_local", "local_files_only"):
         settings.pop(name, None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # version 5's name for it is unknown to version 4
     settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
-    _write_json(file, settings)
-
-
-def _write_json(file: Path, content: Mapping[str, object]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, settings)
 
 
 def _card(profile: Profile, name: str, certificate: Certificate) -> str:
-    stops = json.dumps(chat_template.stop_ids(models.load_tokenizer(profile)))
+    stops = chat_template.stop_ids(models.load_tokenizer(profile))
     base = profile.hub_id or f"PATH/TO/CLONE/{profile.base_model}"
     return f"""# {name}
 

@@ -6,6 +6,9 @@ Showing them without a traceback in notebooks lives here too; the command line d
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CourseError(Exception):
@@ -39,6 +42,19 @@ class MachineError(CourseError):
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def ignore_renamed_names() -> None:
+    """Hide what PEFT 0.21 and TRL 1.16 warn of a name that transformers 5.23 has changed: nobody could act on it."""
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+
+
+@contextmanager
+def renamed_names_ignored() -> Iterator[None]:
+    """`ignore_renamed_names` for the length of a block."""
+    with warnings.catch_warnings():
+        ignore_renamed_names()
+        yield
 
 
 def show_errors_plainly() -> bool:

@@ -1,4 +1,4 @@
-"""JSON files of a run, written whole or not at all."""
+"""JSON files, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The content of a JSON file; None where it is absent or damaged."""
+    """The content of a JSON file; None where it is absent or damaged. `weights.read_required_json` raises instead."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

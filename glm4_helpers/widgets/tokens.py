@@ -99,11 +99,10 @@ def token_view_html(tokenizer: PreTrainedTokenizerBase, row: Any, terminator: st
 def _box_html(box: TokenBox) -> str:
     title = f"{box.text}, id {box.token_id}, {box.role}, {'trained' if box.trained else 'not trained'}"
     title += f", label {box.target}" if box.target else ""
-    below = f"→ {html.escape(box.target)}" if box.target else str(box.token_id)
     return (
         f'<span role="listitem" title="{html.escape(title)}" style="{_box_style(box.role, box.trained)}">'
         f"{html.escape(box.text)}<br>"
-        f'<span style="font-size:.7em;opacity:.85">{below}</span></span>'
+        f'<span style="font-size:.7em;opacity:.85">{html.escape(_below(box))}</span></span>'
     )
 
 

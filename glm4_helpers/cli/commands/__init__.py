@@ -19,8 +19,6 @@ from ...profiles import Profile, get_profile, profile_names
 from ...support.errors import SettingError
 from ..settings import settings_from_yaml, yaml_value
 
-ADAPTER_HELP = "the adapter's folder, or the one that train was given as --output (default: outputs/PROFILE/adapter)"
-
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
     """``--profile NAME``. Unknown names are left to ``get_profile``, which suggests the nearest."""
@@ -45,6 +43,16 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="change one setting of the profile, such as training.epochs=1 or lora.r=16; wins over --config; may be "
         "repeated; profiles.py has all keys",
+    )
+
+
+def add_adapter(parser: argparse._ActionsContainer) -> None:
+    """``--adapter FOLDER``, which `adapter_folder` reads."""
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="the adapter's folder, or the one that train was given as --output (default: outputs/PROFILE/adapter)",
     )
 
 
@@ -100,7 +108,7 @@ def adapter_folder(arguments: argparse.Namespace, profile: Profile) -> Path:
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b} and "text" as in YAML, the rest as text."""
+    """KEY=VALUE as key and value: numbers, true, false, null, [a, b], {a: b}, "text" as in YAML, the rest as text."""
     import yaml
 
     key, separator, text = pair.partition("=")

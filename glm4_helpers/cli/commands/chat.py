@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
-from . import ADAPTER_HELP, adapter_folder, add_settings, chosen_profile, count, seed
+from . import adapter_folder, add_adapter, add_settings, chosen_profile, count, seed
 
 HELP = "talk to the base model and the fine-tuned one in the terminal"
 EXAMPLES = """\
@@ -26,7 +25,7 @@ In a terminal Alt+Enter (or Esc, then Enter) breaks the line, and pasted breaks 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
+    add_adapter(which)
     which.add_argument("--base", action="store_true", help="the base model alone, without an adapter")
     parser.add_argument(
         "--system", metavar="TEXT", help="a system prompt: what the model is told before all questions (default: none)"
@@ -64,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--delimiter",
         metavar="TEXT",
-        help="over a pipe: messages of several lines end with a line that is TEXT, and so do answers (default: each line is one)",
+        help="over a pipe: messages of several lines end with a line that is TEXT, and so do answers "
+        "(default: each line is one)",
     )
 
 

@@ -7,7 +7,6 @@ notebooks do is written in them alone.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...support.errors import CourseError, SettingError
+from ...support.files import read_json
 from ...support.paths import home, outputs_dir
 from . import add_json, add_profile, chosen_profile, show
 
@@ -76,14 +76,12 @@ def chosen_notebooks(only: list[str] | None = None) -> list[Path]:
 
 def recorded_metrics(stem: str) -> dict[str, Any]:
     """The figures that a notebook's last cell wrote, or an empty dict."""
-    file = outputs_dir("metrics") / f"{stem}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(outputs_dir("metrics") / f"{stem}.json") or {}
 
 
 def stored_result(profile_name: str) -> dict[str, Any] | None:
     """The before/after scores that notebook 05 stored for a profile, or None."""
-    file = outputs_dir(profile_name) / "before_after.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(outputs_dir(profile_name) / "before_after.json")
 
 
 def run_notebook(source: Path, target: Path, profile_name: str, clean: bool = False) -> float:

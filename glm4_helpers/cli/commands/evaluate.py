@@ -10,13 +10,13 @@ from typing import Any
 
 from ...profiles import Profile
 from ...support.errors import SettingError
-from . import ADAPTER_HELP, adapter_folder, add_json, add_settings, chosen_profile, count, show
+from . import adapter_folder, add_adapter, add_json, add_settings, chosen_profile, count, show
 
 HELP = "score the answers before and after fine-tuning on held-out rows"
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers evaluate                           the test half, before and after
-  python -m glm4_helpers evaluate --half dev                the half that checkpoints are chosen on
+  python -m glm4_helpers evaluate                           the test set, before and after
+  python -m glm4_helpers evaluate --half dev                the dev set, which checkpoints are chosen on
   python -m glm4_helpers evaluate --set test_data=mine.json     rows of your own
   python -m glm4_helpers evaluate --adapter outputs/short
   python -m glm4_helpers evaluate --seeds 1 2 3             trains where needed; each seed, median and worst
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many of the rows that training held out, where there is no test_data (default: 200)",
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
+    add_adapter(which)
     which.add_argument(
         "--seeds",
         type=int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import ADAPTER_HELP, adapter_folder, add_json, add_settings, chosen_profile, show
+from . import adapter_folder, add_adapter, add_json, add_settings, chosen_profile, show
 
 HELP = "merge the adapter into the base model, and certify that the result answers the same"
 EXAMPLES = """\
@@ -25,7 +25,7 @@ which needs no export."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
+    add_adapter(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder (default: outputs/PROFILE/merged)")
     where.add_argument("--check", type=Path, metavar="FOLDER", help="only compare a folder that was exported before")
