@@ -1,7 +1,7 @@
-"""The GLM-4 chat format: messages to text, to token ids and to labels. Shown step by step in notebook 03.
+"""Turns messages into GLM-4's chat text, token ids and labels. Notebook 03 shows it step by step.
 
-Which control tokens a model uses, and what stands in front, is read from its tokenizer: GLM-Edge differs from GLM-4.
-Nothing here reads files or knows about profiles, models or training; rows become messages in ``row_shapes``.
+Control tokens and the prefix are read from the model's tokenizer, since GLM-Edge differs from GLM-4. Nothing here reads
+files or knows about profiles, models or training; rows become messages in the room rows.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ IGNORE = -100
 
 
 class Turn(NamedTuple):
-    """One rendered turn: ``<|role|>metadata``, a newline, the content (never empty).
+    """One rendered turn: `<|role|>metadata`, a newline, the content (never empty).
 
-    ``train`` False masks the turn; ``ended`` False is an answer that was cut: what it says is trained, its end is not.
+    `train` False masks the turn. `ended` False marks an answer that was cut: its text is trained, its end is not.
     """
 
     role: str
@@ -31,9 +31,10 @@ class Turn(NamedTuple):
 
 
 def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-    """The text that the official GLM-4 template gives for ``messages``. To look at; never tokenize it again.
+    """The text that the official GLM-4 template gives for `messages`. It is for reading: never tokenize it again.
 
-    Raises DataError for messages that are not usable.
+    Raises DataError for messages that can't be used.
+    Shown in 03, 3.2.
     """
     text = "".join(PREFIX)
     for turn in _turns(messages, official_tools):
@@ -42,18 +43,19 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
 
 
 def encode(tokenizer, messages: Sequence[Mapping[str, Any]], terminator: str = TERMINATOR) -> dict[str, list[int]]:
-    """Token ids and labels of a whole conversation, as two lists of the same length.
+    """`input_ids` and `labels` of a complete conversation, two lists of the same length.
 
-    The ids are those of ``render``, plus one terminator after a last assistant turn; tools are worded as the
-    tokenizer's own template has them. Labels cover what the model writes in every assistant turn, which is a call's
-    function name (``metadata``), the newline, the content and the end; all else is IGNORE. The format closes no turn,
-    so after an answer in the middle the input keeps the next role token while the label there is the terminator: every
-    answer learns the same ending. A call that follows its own text or another call is part of one answer, so its
-    ``<|assistant|>`` is learned in place of an ending. A message with ``"train": False`` is read and not learned; one
-    with ``"ended": False`` learns no ending. Control tokens are placed by id, so no text in a message can forge a turn.
+    The ids are those of `render`, plus one terminator if the last turn is the assistant's; tools are worded as in the
+    tokenizer's own template. Labels cover everything the model writes in an assistant turn: a call's function name
+    (`metadata`), the newline, the content and the end. All other labels are IGNORE. The format closes no turn. After an
+    answer in the middle, the input therefore has the next role token while the label is the terminator, so that every
+    answer learns the same ending. A call that follows text or another call belongs to the same answer, so its
+    `<|assistant|>` is learned instead of an ending. A message with `"train": False` is read but not learned; one with
+    `"ended": False` learns no ending. Control tokens are placed by id, so no text in a message can forge a turn.
 
-    Raises DataError for unusable messages, SettingError for a terminator that ends nothing, and ModelError for a
-    tokenizer whose chat format is another.
+    Raises DataError for messages that can't be used, SettingError for a terminator that is not a stop token, and
+    ModelError for a tokenizer with another chat format.
+    Shown in 03, 3.3.
     """
     turns = _turns(messages, lambda tools: tools_text(tokenizer, tools))
     chat = read_format(tokenizer)
@@ -75,10 +77,11 @@ def encode(tokenizer, messages: Sequence[Mapping[str, Any]], terminator: str = T
 
 
 def prompt_ids(tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids that ask for the next answer: the conversation, then ``<|assistant|>`` (in GLM-4 the model itself emits
-    the newline that follows).
+    """Token ids that ask for the next answer: the conversation, then `<|assistant|>`, as one list.
 
-    Raises DataError for unusable messages and where the last turn with content is the assistant's own.
+    In GLM-4 the model itself writes the newline after `<|assistant|>`.
+    Raises DataError for messages that can't be used and where the last turn with content is the assistant's.
+    Shown in 03, 3.2.
     """
     turns = _turns(messages, lambda tools: tools_text(tokenizer, tools))
     if turns[-1].role == "assistant":
@@ -95,8 +98,8 @@ def prompt_ids(tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _turn_ids(tokenizer, turns: Sequence[Turn]) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of every turn's metadata and of its newline with content, all tokenized as plain text."""
-    # The newline goes with the content: a tokenizer may merge it with what follows, as the official rendering does.
+    """Per turn, the ids of its metadata and the ids of its newline and content, all tokenized as plain text."""
+    # A tokenizer may merge the newline with what follows, as it does in the official rendering.
     texts = [turn.metadata for turn in turns] + ["\n" + turn.content for turn in turns]
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return ids[: len(turns)], ids[len(turns) :]
@@ -120,7 +123,7 @@ def _terminator_id(chat: ChatFormat, terminator: str) -> int:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]], write_tools: Callable[[list[dict]], str]) -> list[Turn]:
-    """Checked turns as they are rendered: tools become a system turn, turns with empty content are gone."""
+    """Checked turns as they are rendered: tools become a system turn, turns with empty content are dropped."""
     turns: list[Turn] = []
     for number, message in enumerate(_checked_list(messages), 1):
         turns += _message_turns(message, f"message {number}", write_tools)

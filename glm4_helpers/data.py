@@ -1,7 +1,7 @@
-"""Rows to conversations, and on to token ids: load, check, count, split, fingerprint, encode.
+"""Turns rows into conversations and token ids: loads, checks, counts, splits, fingerprints and encodes them.
 
-Files are read in row_files, columns get their meaning in row_shapes, and the chat format is in chat_format. Training
-and scoring only use what comes from here.
+The room rows reads files and columns, and chat_format encodes a conversation. Training and scoring get all their rows
+from here.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SKIP = "--set skip_bad_rows=true leaves such rows out"
 
 
 def read_rows(source: Source, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """Rows of a file, of all files below a folder, of a data set on a hub, or of several of these, as they are written.
-    ``columns`` renames columns.
+    """The unchanged rows of a file, of all files below a folder, of a data set on a hub, or of a list of these.
 
-    JSON, JSON Lines, CSV, Excel, Parquet, Arrow, any of them compressed or zipped, and folders of ``save_to_disk`` are
-    read. Paths count from the working folder, then from the course folder. A hub id such as
-    llamafactory/alpaca_gpt4_zh, owner/name:configuration or owner/name:configuration:split is read from
-    ``local_copy`` if that is there, else downloaded from Hugging Face, or from ModelScope where the variable GLM4_HUB
-    is "modelscope". Raises DataError naming file and row.
+    Reads JSON, JSON Lines, CSV, Excel, Parquet and Arrow, also compressed or zipped, and folders of `save_to_disk`.
+    Paths count from the working folder, then from the course folder. A hub id is owner/name, owner/name:configuration
+    or owner/name:configuration:split. It is read from `local_copy` if that exists, otherwise downloaded from Hugging
+    Face, or from ModelScope where the variable GLM4_HUB is "modelscope". `columns` renames columns.
+    Raises DataError naming file and row.
+    Shown in 03, 3.1.
     """
     places = located_rows(source)
     for place in places:
@@ -53,19 +53,21 @@ def read_rows(source: Source, columns: Mapping[str, str] | None = None) -> list[
 def to_messages(
     row: Mapping[str, Any], where: str = "", columns: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """One row of any shape in ``row_shapes.SHAPES`` as a list of messages; ``where`` opens the text of errors.
+    """One row of any shape in `rows.shapes.SHAPES` as a list of messages; errors begin with `where`.
 
-    Alpaca's instruction and input become one user turn, a blank line between them; ``history`` goes before it and
-    ``system`` first. Raises DataError for a missing column, a value that is not text or an order of roles that
-    can't be learned from.
+    Alpaca's instruction and input become one user turn with a blank line between them; `system` and then `history` come
+    before it. Raises DataError for a missing column, a value that is not text, or an order of roles that can't be
+    learned.
+    Shown in 03, 3.1.
     """
     return _conversation(LocatedRow(where, row), columns).messages
 
 
 def load_messages(source: Source, columns: Mapping[str, str] | None = None, skip_bad: bool = False) -> Dataset:
-    """All rows of ``source`` as a Dataset with a ``messages`` column (and id, kind, check where rows have them).
+    """All rows of `source` as a Dataset with a `messages` column, plus id, kind and check where rows have them.
 
-    What was left out or ignored is logged; ``load_and_count`` returns it.
+    Logs what was left out or ignored; `load_and_count` returns it, and says which errors are raised.
+    Shown in 03, 3.5.
     """
     dataset, found = load_and_count(source, columns, skip_bad)
     for line in findings(found):
@@ -76,11 +78,11 @@ def load_messages(source: Source, columns: Mapping[str, str] | None = None, skip
 def load_and_count(
     source: Source, columns: Mapping[str, str] | None = None, skip_bad: bool = False
 ) -> tuple[Dataset, dict[str, Any]]:
-    """``load_messages`` with what was found: counts by name, to which ``rows_report`` gives words.
+    """`load_messages`, and what was found as counts by name; `rows_report` puts them into words.
 
-    ``columns`` maps names of columns to those of the shapes. Rows without an answer stay, so that ``ledger`` can count
-    them; ``encode_rows`` drops them. Raises DataError where rows can't be used, with their number and the first of
-    them; ``skip_bad`` leaves them out.
+    `columns` maps column names to those of the shapes. Rows without an answer stay, so that `ledger` can count them;
+    `encode_rows` drops them. `skip_bad` leaves out rows that can't be used. Without it they raise DataError, which
+    gives their number and names the first of them.
     """
     columns = columns or {}
     check_columns(columns)
@@ -126,7 +128,7 @@ def _conversation(place: LocatedRow, columns: Mapping[str, str] | None) -> Conve
 
 
 def _placed(error: DataError, where: str) -> DataError:
-    """The error with its place in front."""
+    """The error, beginning with its place."""
     first = error.problem[0].lower() if where else error.problem[0].upper()
     return DataError(f"{where}: "[: len(where) and None] + first + error.problem[1:], error.fix)
 
@@ -161,15 +163,15 @@ def _table(source: Source, kept: Sequence[Conversation]) -> Dataset:
 
 
 def profile_rows(profile: Profile, name: str) -> tuple[Dataset, dict[str, Any]]:
-    """``load_and_count`` of a profile's train_data or dev_data, read as its columns and skip_bad_rows say."""
+    """`load_and_count` for a profile's `train_data` or `dev_data`, with its `columns` and `skip_bad_rows`."""
     return load_and_count(data_source(getattr(profile, name)), profile.columns, profile.skip_bad_rows)
 
 
 def split(dataset: Dataset, dev_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """A training and a held-out part; about ``dev_fraction`` of the rows are held out.
+    """The training rows and the dev rows; about `dev_fraction` of all rows are held out as dev rows.
 
-    A row's side depends on its messages and the seed alone: adding rows moves no other, and duplicates stay
-    together. Raises SettingError for a fraction outside [0, 1), DataError where one part would be empty.
+    A row's side depends only on its messages and the seed: new rows move no other row, and duplicates stay together.
+    Raises SettingError for a fraction outside [0, 1), DataError where one part would be empty.
     """
     if not 0 <= dev_fraction < 1:
         raise SettingError(f"dev_fraction can't be {dev_fraction}.", "Give a value from 0 up to, but not including, 1.")
@@ -186,7 +188,7 @@ def split(dataset: Dataset, dev_fraction: float, seed: int) -> tuple[Dataset, Da
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256, as 64 hex digits, over the canonical JSON of all rows in order (absent values left out)."""
+    """SHA-256 of the canonical JSON of all rows in order, without absent values, as 64 hex digits."""
     digest = hashlib.sha256()
     for row in dataset:
         digest.update(canonical(row) + b"\n")
@@ -194,10 +196,11 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def encode_rows(tokenizer, dataset: Dataset, max_length: int, terminator: str = TERMINATOR) -> Dataset:
-    """Rows as ``input_ids`` and ``labels``, ready for SFTTrainer; what can't be learned from whole is dropped.
+    """Rows as `input_ids` and `labels`, two lists of ints of the same length per row, ready for SFTTrainer.
 
-    Rows over ``max_length`` tokens and rows without a question or an answer are dropped, never cut, and their
-    number is logged; ``encode_and_count`` returns it. Raises DataError where no row is left.
+    Rows over `max_length` tokens and rows without a question or an answer are dropped, never cut. Their number is
+    logged; `encode_and_count` returns it. Raises DataError where no row is left.
+    Shown in 01, 1.4.
     """
     return encode_and_count(tokenizer, dataset, max_length, terminator)[0]
 
@@ -205,7 +208,7 @@ def encode_rows(tokenizer, dataset: Dataset, max_length: int, terminator: str = 
 def encode_and_count(
     tokenizer, dataset: Dataset, max_length: int, terminator: str = TERMINATOR
 ) -> tuple[Dataset, dict[str, int]]:
-    """``encode_rows`` with its counts: rows, kept, too_long, empty_questions, empty_answers, untrained."""
+    """`encode_rows`, and its counts: rows, kept, too_long, empty_questions, empty_answers, untrained."""
     import datasets
 
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
@@ -235,18 +238,17 @@ def encode_and_count(
 
 
 def can_be_learned(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the conversation has all of its questions and answers, ends with an answer, and trains one."""
+    """Whether no question or answer is empty, the last turn is an answer, and at least one answer is trained."""
     return not lack_of(messages)
 
 
 def can_be_asked(messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether the conversation can be learned and its last answer follows a question, or what a tool returned."""
+    """Whether the conversation can be learned and its last answer follows a question or a tool's result."""
     return can_be_learned(messages) and len(messages) > 1 and messages[-2]["role"] in ("user", "observation")
 
 
 def data_source(data: str | Sequence[str]) -> Source:
-    """A profile's data as `load_messages` takes it: paths count from the course folder, whatever the working folder is;
-    the rest are hub ids."""
+    """A profile's data as `load_messages` takes it: a path below the course folder if it exists, else a hub id."""
     if not isinstance(data, str):
         return [data_source(each) for each in data]
     path = home() / data
@@ -254,6 +256,6 @@ def data_source(data: str | Sequence[str]) -> Source:
 
 
 def _position(messages: Sequence[Mapping[str, str]], seed: int) -> float:
-    """A number in [0, 1) that depends on the messages and the seed alone."""
+    """A number in [0, 1) that depends only on the messages and the seed."""
     digest = hashlib.sha256(f"{seed}\n".encode() + canonical(messages)).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

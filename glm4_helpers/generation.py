@@ -1,6 +1,6 @@
-"""Answers from a model: in batches, streamed, or as plain continuations, each ended by GLM-4's stop ids.
+"""Generates answers in batches, as a stream, or as plain continuations; GLM-4's stop ids end each of them.
 
-What an answer is worth is judged in evaluation; the chat on the command line and in notebooks only calls this.
+Answers are judged in evaluation. The chats of the command line and the notebooks only call this module.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def _require(name: str, value: Any, kind: Any, valid: Callable[[Any], bool], wan
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are written: at most `max_new_tokens` tokens; temperature 0 is greedy.
+    """How an answer is generated: at most `max_new_tokens` tokens, greedy at temperature 0.
 
-    `top_p` and `seed` count with a temperature only; without a seed each answer is another. The repetition penalty, 1
-    for none, counts the answer's own tokens. Raises SettingError for a value out of range.
+    `top_p` and `seed` matter only above temperature 0; without a seed every answer differs. The repetition penalty (1
+    for none) applies to tokens of the answer, not of the prompt. Raises SettingError for a value out of range.
     """
 
     max_new_tokens: int = 200
@@ -70,7 +70,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text without the leading newline and the stop token, whether a stop id ended it, its tokens."""
+    """An answer's text without its leading newline and stop token, whether a stop id ended it, and its token count.
+
+    Shown in 05, 5.1.
+    """
 
     text: str
     stopped: bool
@@ -85,11 +88,12 @@ def answers(
     sampling: Sampling = Sampling(),
     batch_size: int = 64,
 ) -> list[Answer]:
-    """The next answer in each conversation, in their order: greedy, or as `sampling` says.
+    """The next answer of each conversation, in order: greedy, or as `sampling` says.
 
-    `max_new_tokens` wins over that of `sampling`. Greedy answers in float32 do not depend on `batch_size`; sampled ones
-    do, even with a seed. Raises SettingError for settings out of range and DataError for conversations with nothing to
+    `max_new_tokens` overrides that of `sampling`. Greedy answers in float32 do not depend on `batch_size`; sampled ones
+    do, even with a seed. Raises SettingError for settings out of range and DataError for a conversation with nothing to
     answer.
+    Shown in 01, 1.4.
     """
     sampling = sampling if max_new_tokens is None else replace(sampling, max_new_tokens=max_new_tokens)
     stops = stop_ids(tokenizer)
@@ -106,9 +110,10 @@ def continuations(
     stop_at: str = "\n",
     batch_size: int = 64,
 ) -> list[str]:
-    """What a base model writes after each text (`[gMASK]<sop>` in front), greedily, up to `stop_at` or a stop id.
+    """What a model writes after each text, greedily, up to `stop_at` or a stop id; `[gMASK]<sop>` precedes the text.
 
-    This asks a base model what it knows without the chat format. Raises SettingError for settings out of range.
+    It asks a base model what it knows without the chat format. Raises SettingError for settings out of range.
+    Shown in 02, 2.3.
     """
     sampling = Sampling(max_new_tokens)
     if not texts:
@@ -131,12 +136,12 @@ def stream(
     sampling: Sampling = Sampling(),
     stop_event: Event | None = None,
 ) -> Generator[str, None, Answer]:
-    """The pieces of one answer as they are written; joined they are the text that `answers` gives.
+    """The pieces of one answer as they are generated; joined they are the text that `answers` gives.
 
-    The generator's return value is the Answer: the one that `answers` gives, or what there was when it was stopped.
-    The model runs in another thread. Setting `stop_event`, from any thread, ends the answer at the next token; so does
-    closing the iterator. The thread is over when the iterator is, and its errors are raised here. Settings and messages
-    are checked at the call, before the first piece is asked for.
+    The generator returns the Answer: the one that `answers` gives, or what there was when it was stopped. The model
+    runs in another thread. Setting `stop_event` from any thread ends the answer at the next token, and so does closing
+    the iterator. The thread ends with the iterator, which raises the thread's errors. Settings and messages are checked
+    at the call, before the first piece; they raise what `answers` raises.
     """
     sampling = sampling if max_new_tokens is None else replace(sampling, max_new_tokens=max_new_tokens)
     return _stream(model, tokenizer, prompt_ids(tokenizer, messages), sampling, stop_event)
@@ -145,10 +150,10 @@ def stream(
 def fit_history(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_tokens: int
 ) -> tuple[list[Message], int]:
-    """The conversation cut to `max_tokens` prompt tokens, and how many turns (a question with its answer) were dropped.
+    """The conversation cut to `max_tokens` prompt tokens, and the number of turns (question and answer) dropped.
 
-    The oldest turns go first; system messages at the start and the last user turn stay. Raises SettingError where
-    these alone are too long.
+    The oldest turns are dropped first; system messages at the start and the last user turn stay. Raises SettingError
+    where these alone are too long.
     """
     system, turns = _turns(messages)
     for dropped in range(len(turns)):
@@ -168,7 +173,7 @@ def fit_history(
 def _generation_config(
     tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: Sequence[int]
 ) -> GenerationConfig:
-    """Settings that name every sampling value: what stays unset would be taken from the model's own file."""
+    """Settings that name every sampling value: one left unset would come from the model's own file."""
     drawn = {"do_sample": True, "temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": 0}
     greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
     return GenerationConfig(
@@ -184,7 +189,7 @@ def _generation_config(
 
 @contextmanager
 def _answering(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """Dropout off and the seed, if any, set inside; afterwards training and random state are as before."""
+    """Switch dropout off and set the seed, if any; restore training mode and random state afterwards."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=seed is not None):
@@ -208,7 +213,7 @@ def _in_batches(
     stops: Sequence[int],
     batch_size: int,
 ) -> list[list[int]]:
-    """New ids for each prompt, in order; prompts of like length share a batch, so little is spent on padding."""
+    """New ids for each prompt, in order; prompts of similar length share a batch, which keeps padding short."""
     _require("batch_size", batch_size, Integral, lambda n: n >= 1, "a whole number from 1")
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     new: list[list[int]] = [[] for _ in prompts]
@@ -251,14 +256,14 @@ def _answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Seque
 
 
 def _end(ids: Sequence[int], stops: Sequence[int]) -> int:
-    """The first stop id's place, or the length where there is none."""
+    """The index of the first stop id, or the length where there is none."""
     return next((place for place, token in enumerate(ids) if token in stops), len(ids))
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come. Bytes wait for their whole character; at the end those that never got there follow.
+    """The text of ids as they come. Bytes wait until their character is complete; incomplete ones come at the end.
 
-    Control tokens stay visible: an answer should not hold any. The tokenizers library's DecodeStream raises where
+    Control tokens stay visible: an answer should not contain any. The tokenizers library's DecodeStream raises where
     broken bytes follow a character of several byte tokens, as glm4-nano writes its rare ones.
     """
     waiting: list[int] = []
@@ -306,7 +311,7 @@ def _stream(
             with _answering(model, sampling.seed):
                 _generate(model, tokenizer, [prompt], sampling, stops, stopping_criteria=criteria)
             queue.put(None)
-        except BaseException as error:  # it belongs to the consumer, who is told below
+        except BaseException as error:  # raised for the consumer below
             queue.put(error)
 
     def arriving() -> Iterator[int]:

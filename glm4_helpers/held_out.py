@@ -1,6 +1,6 @@
-"""Rows that are kept out of training: which judge a run, and which score a model.
+"""Rows that are kept out of training: dev rows choose a checkpoint, test rows score a model.
 
-Rows are read in data; what is right is decided in evaluation.
+Rows are read in data; evaluation decides which answers are right.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ CHECKS = {
 
 
 def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]]:
-    """The held-out sets of one half ("dev" or "test"), each named after its file: the course's or your own rows.
+    """The profile's dev sets or test sets (`half` is "dev" or "test"), each named after its file.
 
-    Rows are of any shape that `to_messages` takes; those with a `check` can be right or wrong. Raises DataError, naming
-    file and row, for rows that are absent or damaged or can't be asked, SettingError for a profile without such rows.
+    Rows have any shape that `to_messages` takes; answers to those with a `check` can be right or wrong. Raises
+    DataError, naming file and row, for rows that are absent, damaged or can't be asked, and SettingError for a profile
+    without such rows.
+    Shown in 04, 4.4.
     """
     data = profile.dev_data if half == "dev" else profile.test_data
     if data is None:
@@ -63,7 +65,7 @@ def read_held_out(profile: Profile, half: str) -> dict[str, list[dict[str, Any]]
 
 
 def _held_out_rows(source: str | Path, shown: str, columns: Mapping[str, str] | None) -> list[dict[str, Any]]:
-    """The rows of one set, each of them fit to be asked and, where it has a check, judged."""
+    """The rows of one set. Each can be asked, and each `check` can be applied."""
     rows = read_rows(source, columns)
     for number, row in enumerate(rows, 1):
         where = f"{shown}, row {number}"
@@ -89,7 +91,11 @@ def _require_check(check: Any, where: str) -> None:
 
 
 def read_plain(name: str) -> list[dict[str, Any]]:
-    """The plain-text items of data/cloze.json or data/questions.json."""
+    """The plain-text items of data/cloze.json or data/questions.json; `name` is "cloze" or "questions".
+
+    Raises DataError where the file is absent or damaged.
+    Shown in 04, 4.5.
+    """
     try:
         return read_rows(home() / "data" / f"{name}.json")
     except DataError as error:
@@ -102,10 +108,10 @@ _RESTORE = "Restore it (git checkout -- data) or make it again: python -m nano d
 def read_free_text(
     profile: Profile, tokenizer: PreTrainedTokenizerBase, count: int = FREE_TEXT_ROWS
 ) -> dict[str, list[dict[str, Any]]]:
-    """At most `count` of the rows that training keeps out of this profile's data, as one set.
+    """At most `count` of the rows that training holds out, as one set.
 
-    The choice depends on the rows' own content, so that every run and machine scores the same ones. Rows that training
-    would drop (too long, or without an answer) are left out. The training's dev loss is measured on these rows too.
+    The choice depends on the rows' content, so that every run and machine scores the same ones. Rows that training
+    would drop (too long, or without an answer) are left out. The dev loss is measured on these rows too.
     Raises DataError where the profile holds nothing out.
     """
     held_out = sorted(_held_out_messages(profile), key=lambda messages: fingerprint([{"messages": messages}]))
@@ -129,7 +135,10 @@ def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
 
 
 def training_overlap(profile: Profile, held_out: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
-    """How many of the rows have a question of the profile's training rows; None where those are on a hub only."""
+    """How many held-out rows ask a question of a training row; None where the training rows are only on a hub.
+
+    Shown in 05, 5.1.
+    """
     sources = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
     if not all(isinstance(data_source(each), Path) or local_copy(each).exists() for each in sources):
         return None
@@ -143,20 +152,20 @@ def _is_kept(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
 
 
 OWN_DEV_FRACTION = 0.1
-"""Share of own training rows that is held out where the profile names no share."""
+"""Share of a user's own training rows that is held out where the profile names none."""
 
 LEAST_DEV_ROWS = 4
 """Fewer held-out rows than these choose a checkpoint by chance: then all rows are trained on."""
 
 
 def train_and_dev(profile: Profile) -> tuple[Dataset, Dataset | None]:
-    """Training and dev conversations of the profile; None where nothing is held out.
+    """The profile's training conversations and its dev conversations, None where nothing is held out.
 
-    The dev rows are those of `dev_data`, else `dev_fraction` of `train_data`, chosen by content. Where `train_data` was
-    changed and neither of the two was, the profile's dev rows are about other things than the rows trained on: then a
-    share of the own rows is held out instead (the profile's `dev_fraction`, else OWN_DEV_FRACTION), and nothing where
-    that gives fewer than LEAST_DEV_ROWS. Raises DataError as `load_messages` and `split` do, SettingError for a
-    `dev_fraction` that `dev_data` would leave unused.
+    The dev rows are those of `dev_data`, else `dev_fraction` of `train_data`, chosen by content. A user who changes
+    `train_data` alone has other topics than the profile's dev rows. Then a share of the user's rows is held out instead
+    (the profile's `dev_fraction`, else OWN_DEV_FRACTION), or nothing if that gives fewer than LEAST_DEV_ROWS.
+    Raises DataError as `load_messages` and `split` do, SettingError for a `dev_fraction` that `dev_data` would leave
+    unused.
     """
     rows, _ = profile_rows(profile, "train_data")
     usual = unchanged(profile)
@@ -173,7 +182,7 @@ def train_and_dev(profile: Profile) -> tuple[Dataset, Dataset | None]:
 
 
 def dev_note(profile: Profile, train: Dataset, dev: Dataset | None) -> str:
-    """What a user should know of the rows that judge a run, in one line; empty where there is nothing to say."""
+    """What a user should know about the dev rows, in one line; empty where there is nothing to say."""
     if dev is None:
         few = f"{len(train)} rows are too few to hold some out"
         why = few if _chooses_by_itself(profile) else "no rows are held out"
@@ -202,7 +211,7 @@ def _places(data: str | Sequence[str]) -> list[Path]:
 
 
 def _chooses_by_itself(profile: Profile) -> bool:
-    """Whether the training rows are a user's own and nothing was said about dev rows."""
+    """Whether the user changed the training rows and set nothing about dev rows."""
     usual = unchanged(profile)
     same_dev_rows = (profile.dev_data, profile.dev_fraction) == (usual.dev_data, usual.dev_fraction)
     return same_dev_rows and _has_own_rows(profile)

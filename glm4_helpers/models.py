@@ -1,6 +1,7 @@
-"""Tokenizer, base model and adapter from a profile, what they are made of, and whether an adapter is live.
+"""Loads a profile's tokenizer, base model and adapter, chooses the dtype, and switches the adapter off.
 
-Generating text lives in generation, training in training; memory needs are worked out in memory.
+Text is generated in generation and adapters are trained in training. The rooms checks and machine say whether weights,
+adapter and GPU are fit for it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from .support.errors import MachineError, ModelError, SettingError, renamed_name
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
-    """The tokenizer in `base_folder(profile)`, padding on the left with its terminator (`<|endoftext|>`).
+    """The tokenizer in `base_folder(profile)`. It pads on the left with its terminator, `<|endoftext|>`.
 
-    Raises ModelError where its files are absent, or its special tokens or chat template are not of GLM-4's kind.
+    Raises ModelError where its files are absent, or its special tokens or chat template don't follow GLM-4's format.
+    Shown in 01, 1.4.
     """
     folder = base_folder(profile)
     require_json(folder, ("tokenizer.json", "tokenizer_config.json"), profile)
@@ -52,9 +54,10 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The base model in `base_folder(profile)`, in evaluation mode, with sdpa attention and the three stop ids.
 
-    `dtype` None takes the profile's; `resolve_dtype` says what "auto" means. `device` None is this process's GPU where
-    there is one, else the CPU. Raises ModelError where weights are absent, partly there or damaged, MachineError
-    after `check_gpu`.
+    `dtype` None takes the profile's; `resolve_dtype` says what "auto" means. `device` None takes this process's GPU,
+    or the CPU where there is none. Raises ModelError where weights are absent, incomplete or damaged, and MachineError
+    as `check_gpu` does.
+    Shown in 01, 1.4.
     """
     if device is None or torch.device(device).type == "cuda":
         check_gpu(profile, dtype)
@@ -89,10 +92,10 @@ def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a name such as "bfloat16". Raises SettingError for names that are none.
+    """The torch dtype with a name such as "bfloat16". Raises SettingError for any other name.
 
     "auto" is bfloat16 on a GPU that has it in hardware and float32 everywhere else, so that the same machine always
-    computes in the same dtype. `dtype_reason` says it in words.
+    computes in the same dtype. `dtype_reason` explains the choice.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -105,7 +108,10 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def dtype_reason(dtype: str | torch.dtype) -> str:
-    """What `resolve_dtype` gives and why, such as "float32: this GPU (Tesla T4) only emulates bfloat16"."""
+    """What `resolve_dtype` gives and why, such as "float32: this GPU (Tesla T4) only emulates bfloat16".
+
+    Shown in 01, 1.4.
+    """
     name = str(resolve_dtype(dtype)).removeprefix("torch.")
     if dtype != "auto":
         return f"{name}: as set"
@@ -116,10 +122,10 @@ def dtype_reason(dtype: str | torch.dtype) -> str:
 
 
 def check_gpu(profile: Profile, dtype: str | torch.dtype | None = None) -> None:
-    """Raise MachineError where there is a GPU and it can't compute for the profile; nothing is loaded.
+    """Raise MachineError where there is a GPU that can't compute for the profile. Loads nothing.
 
-    Either this torch can't use it (a build for the CPU, for a newer driver or for other cards), or weights in bfloat16
-    (`dtype` None: the profile's) or 4 bits are asked of a GPU that only emulates bfloat16.
+    Either this torch can't use the GPU (it was built for the CPU, a newer driver or other cards), or the weights are in
+    bfloat16 or 4 bits and the GPU only emulates bfloat16. `dtype` None takes the profile's.
     """
     needs_bfloat16 = profile.quantization is not None or resolve_dtype(dtype or profile.dtype) == torch.bfloat16
     if not torch.cuda.is_available():
@@ -170,7 +176,7 @@ def _keep_trainable(model: nn.Module) -> None:
 def _close_files(model: nn.Module) -> None:
     """Copy the weights that are not quantized out of the files they are mapped from.
 
-    The files would stay in memory with all that was read of them, the weights in 16 bits that are not needed any more.
+    Otherwise all that was read of the files stays in memory, the 16-bit weights that are no longer needed included.
     """
     for weight in model.parameters():
         if weight.dtype.is_floating_point:  # 4-bit ones are bytes
@@ -180,7 +186,9 @@ def _close_files(model: nn.Module) -> None:
 def load_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profile) -> PeftModel:
     """The base model with the adapter on it, in evaluation mode, after `check_adapter`.
 
-    Raises ModelError; the base model is then left as it was.
+    Raises ModelError, and leaves the base model unchanged, where the model already has an adapter or this one doesn't
+    fit.
+    Shown in 04, 4.5.
     """
     if isinstance(base_model, PeftModel):
         raise ModelError("This model already carries an adapter.", "Take it off first: base_model = model.unload().")
@@ -191,7 +199,10 @@ def load_adapter(base_model: PreTrainedModel, adapter_dir: Path, profile: Profil
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
-    """The same weights without the adapter while the block runs; a model without one passes unchanged."""
+    """The same weights without the adapter while the block runs; a model without an adapter is yielded unchanged.
+
+    Shown in 04, 4.5.
+    """
     if not isinstance(model, PeftModel):
         yield model
         return
@@ -201,7 +212,7 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def gradients_as_found(model: nn.Module) -> Iterator[None]:
-    """Afterwards the same weights are trainable as before: PEFT makes an adapter trainable when it switches it on."""
+    """Restore `requires_grad` of every weight afterwards: PEFT sets it when it switches an adapter on."""
     found = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         yield

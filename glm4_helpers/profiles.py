@@ -1,7 +1,7 @@
-"""Profiles: which model, which data, and the settings to train it with.
+"""Profiles: a model, its data and its training settings under one name.
 
-All that is special about a model is in its entry here; a new model is one more entry. Settings only: nothing is loaded,
-and no path is checked. Data and model paths are relative to the course folder.
+Everything special about a model is in its entry here, so adding a model means adding an entry. This module holds
+settings only: it loads nothing and checks no path. Data and model paths are relative to the course folder.
 """
 
 from __future__ import annotations
@@ -69,14 +69,17 @@ _TARGETS = _Rule(
 def _setting(rule: _Rule, default: Any = dataclasses.MISSING, changes_weights: bool = True) -> Any:
     """A field that a user can set to whatever the rule allows. Fields without a rule are facts about the model.
 
-    With ``changes_weights`` False another value leaves a finished adapter valid.
+    `changes_weights` False means that a finished adapter stays valid when the setting changes.
     """
     return field(default=default, metadata={"rule": rule, "changes_weights": changes_weights})
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA: rank, scale and the names of the linear layers that get an adapter."""
+    """LoRA's rank `r`, its `alpha`, its dropout and the names of the linear layers that get an adapter.
+
+    A layer's output grows by (alpha / r) B A x, where A is `(r, in)` and B `(out, r)` (Hu et al. 2021, section 4.1).
+    """
 
     r: int = _setting(_COUNT)
     alpha: int = _setting(_COUNT)
@@ -86,13 +89,13 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What SFT is run with. Batch sizes are rows per device; max_length is in tokens.
+    """Settings of one training run. Batch sizes are rows per device, `max_length` is tokens per row.
 
-    ``padding_free`` joins the rows of a batch to one sequence in which no row sees another, instead of padding all to
-    the longest: the same steps and losses with fewer tokens. It pays for short rows of unequal length in batches of
-    several; in long ones attention, which is computed between rows and then masked, costs more than the padding. That
-    also holds for evaluation, whose batches should then be no larger than about 16 short rows.
-    ``early_stopping_patience`` ends training after so many evaluations without a lower dev loss; None never does.
+    `warmup_fraction` is a share of all optimizer steps. `padding_free` joins the rows of a batch into one sequence, in
+    which no row sees another, instead of padding each to the longest: steps and losses stay the same with fewer tokens.
+    It pays for short rows of different lengths. In long sequences it costs more than padding does, since attention is
+    computed between the rows and then masked; so keep evaluation batches to about 16 short rows.
+    `early_stopping_patience` ends the run after that many evaluations without a lower dev loss; None never ends it.
     """
 
     epochs: int | float = _setting(_ABOVE_0)
@@ -116,9 +119,9 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Needs:
-    """What training with a profile takes, in GiB: ``memory_gib`` of RAM, ``gpu_memory_gib`` on GPUs, ``disk_gib``.
+    """What training takes, in GiB: `memory_gib` of RAM, `gpu_memory_gib` on GPUs, `disk_gib` on disk.
 
-    ``gpu_memory_gib`` 0 means that a CPU is enough; with full fine-tuning it is the sum over all GPUs.
+    `gpu_memory_gib` is 0 where a CPU is enough, and the sum over all GPUs for full fine-tuning.
     """
 
     memory_gib: float
@@ -128,18 +131,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class Profile:
-    """One model with its data and settings. ``lora`` None means full fine-tuning.
+    """A model, its data and its training settings. `lora` None means full fine-tuning.
 
-    ``base_model``, ``train_data``, ``dev_data`` and ``test_data`` are paths below the course folder; ``train_data``
-    may also be a hub id, or a list of both. Where ``dev_data`` is None, ``dev_fraction`` of the rows is held out
-    instead. ``columns`` says what columns of other names mean, such as {"问题": "instruction", "答案": "output"};
-    ``skip_bad_rows`` leaves out rows that can't be used, where else they are an error.
-    ``answer_batch_size`` is how many rows are answered at a time when a model is scored; ``chat_model`` is the path of
-    the makers' own chat model, which is scored as well where it is there.
+    `base_model`, `train_data`, `dev_data` and `test_data` are paths below the course folder; `train_data` may also be a
+    hub id, or a list of both. Where `dev_data` is None, `dev_fraction` of the rows is held out instead. `columns` maps
+    other column names to the known ones, such as {"问题": "instruction", "答案": "output"}. `skip_bad_rows` leaves out
+    rows that can't be used; otherwise they are an error. `answer_batch_size` is the number of rows answered at a time
+    when a model is scored. `chat_model` is the path of the makers' chat model, which is scored too if it is there.
 
-    The facts at the end are for before a download. ``shape`` holds arguments of the model's config
-    (``AutoConfig.for_model``); None where the model ships with the course. ``needs`` None is worked out from ``shape``.
-    ``old_names`` are repositories of an old format, whose successors are called the same with ``-hf``.
+    The last fields are known before a download. `shape` holds the arguments of the model's config
+    (`AutoConfig.for_model`), or None where the model ships with the course. `needs` None is worked out from `shape`.
+    `old_names` are repositories in an old format; their successors have the same name with `-hf`.
     """
 
     name: str
@@ -223,8 +225,9 @@ _SHAPE_9B = {
     "tie_word_embeddings": False,
 }
 # The published recipe: Alpaca-GPT4 Chinese, 5 % held out, batch 2 (4 for evaluation), 5e-4 with linear decay,
-# 512 tokens, a look at every tenth of the run. Two settings are ours. Gradient checkpointing keeps the run below 24 GB.
-# padding_free spares a quarter of the tokens; loss and gradients are those of padded rows (tests/test_padding_free.py).
+# 512 tokens, an evaluation every tenth of the run. Two settings are ours: gradient checkpointing keeps the run below
+# 24 GB, and padding_free saves a quarter of the tokens at the loss and gradients of padded rows
+# (tests/test_padding_free.py).
 _LORA_9B = Profile(
     name="glm-4-9b-lora",
     title="GLM-4-9B, LoRA in bfloat16: one GPU of 24 GB or more",
@@ -320,15 +323,16 @@ _PROFILES = (
 
 
 def profile_names() -> tuple[str, ...]:
-    """Names that ``get_profile`` knows, the default first."""
+    """The names that `get_profile` knows, the default first."""
     return tuple(profile.name for profile in _PROFILES)
 
 
 def get_profile(name: str | None = None, **overrides: Any) -> Profile:
-    """The profile called ``name`` (None: the variable GLM4_PROFILE, else glm4-nano), with some settings changed.
+    """The profile called `name` (None: the variable GLM4_PROFILE, else glm4-nano), with some settings changed.
 
-    Overrides are dotted, ``**{"training.epochs": 1}``, or nested, ``training={"epochs": 1}``.
-    Raises SettingError for an unknown name or key (with the nearest known one) and for a wrong value.
+    Overrides are dotted, `**{"training.epochs": 1}`, or nested, `training={"epochs": 1}`.
+    Raises SettingError for a wrong value and for an unknown name or key, with the nearest known one.
+    Shown in 02, 2.1.
     """
     chosen = str(name or os.environ.get("GLM4_PROFILE") or DEFAULT)
     known = {profile.name: profile for profile in _PROFILES}
@@ -341,7 +345,7 @@ def get_profile(name: str | None = None, **overrides: Any) -> Profile:
 
 
 def unchanged(profile: Profile) -> Profile:
-    """The profile of that name as it stands here, before any setting was changed; itself where it is not from here."""
+    """The profile of that name with its original settings; the profile itself if its name is not one of ours."""
     return next((known for known in _PROFILES if known.name == profile.name), profile)
 
 
@@ -378,7 +382,7 @@ _SETTINGS = {
 
 
 def _replaced(profile: Profile, key: str, value: Any) -> Profile:
-    """``profile`` with the setting at the dotted ``key`` changed. Raises SettingError."""
+    """`profile` with the setting at the dotted `key` changed. Raises SettingError."""
     if key not in _SETTINGS:
         raise SettingError(f"There is no setting {key!r}.", _suggestion(key, _SETTINGS))
     group, _, name = key.rpartition(".")
@@ -396,7 +400,7 @@ def _replaced(profile: Profile, key: str, value: Any) -> Profile:
 
 
 def _suggestion(unknown: str, known: Iterable[str]) -> str:
-    """The nearest known name, by the whole of it or by the part after the dot; else those of the same group."""
+    """The nearest known name, by all of it or by the part after the dot; else those of the same group."""
     known = [name for name in known if name not in ("lora", "training")]
     group, _, last_part = unknown.rpartition(".")
     known = [name for name in known if group and name.startswith(f"{group}.")] or known

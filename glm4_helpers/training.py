@@ -1,7 +1,7 @@
-"""From a profile to an adapter: stock TRL SFTTrainer on rows that are already encoded, resumable, never half written.
+"""Trains a profile's adapter with TRL's stock SFTTrainer on encoded rows.
 
-What makes a run safe to repeat (whose rows judge, what it depends on, checkpoints, results, tracking) is in runs;
-loading models and rows is left to models and datasets.
+The room runs makes a run safe to repeat: what it depends on, checkpoints, results, tracking. Models are loaded in
+models, and rows in data and held_out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer  # slow to import, and not needed to load what is finished
 
 DEV_QUESTIONS = 14
-"""Questions of dev rows that are answered at each checkpoint, beside the profile's sample prompts."""
+"""Questions from dev rows that are answered at each checkpoint, after the profile's sample prompts."""
 
 _SAME = "settings, rows, base model and versions are the same"
 
@@ -68,9 +68,11 @@ def train_or_load(
     tracking_mode: str = "offline",
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """The finished adapter where it is there and belongs to these settings, rows, base and versions; else `train`.
+    """The finished adapter if it belongs to these settings, rows, base model and versions; otherwise `train`.
 
-    Says in one line which of the two it is and why. `force` trains from the start whatever is there.
+    Prints one line that says which of the two it is and why. `force` always trains from the start. Raises what `train`
+    does, and ModelError for a base model that is absent or damaged.
+    Shown in 04, 4.3.
     """
     join_processes()
     adapter_dir = default_adapter_dir(profile, output_dir)
@@ -85,9 +87,9 @@ def train_or_load(
 
 
 def why_train(profile: Profile, adapter_dir: Path) -> str:
-    """In words, why the finished adapter is not this profile's; empty where it is.
+    """Why the finished adapter can't be used for this profile, in words; empty where it can.
 
-    Raises ModelError where the base model, which the adapter has to be compared with, is absent or damaged.
+    Raises ModelError where the base model, with which the adapter is compared, is absent or damaged.
     """
     record = read_json(adapter_dir / TRAINING_FILE)
     if record is None:
@@ -104,7 +106,7 @@ def why_train(profile: Profile, adapter_dir: Path) -> str:
 
 
 def _changed_since(record: Mapping[str, Any], profile: Profile, train: Dataset, dev: Dataset | None) -> str:
-    """What is no longer as it was recorded, in words; the number of processes is let pass."""
+    """What differs from the record, in words; another number of processes doesn't count."""
     now = run_facts(with_dtype(profile, record), train, dev)
     return difference(record["facts"], {**now, "processes": record["facts"]["processes"]})
 
@@ -118,13 +120,14 @@ def train(
 ) -> TrainingResult:
     """Train from the profile's rows to an adapter in `default_adapter_dir(profile, output_dir)`.
 
-    An unfinished run of the same settings, rows, base and versions goes on from its newest complete checkpoint, also
-    where its folder was moved or copied, and ends as if it had never stopped; `resume=False` starts from the beginning.
-    An adapter that is already there stays until the new one is whole. With dev rows the checkpoint with the lowest dev
-    loss is kept, else the weights of the last step. Raises SettingError where another process trains into the same
-    folder, the unfinished run there is of other settings, several GPUs are visible without a launcher or the run could
-    teach nothing, DataError and ModelError for rows or weights that are absent or don't fit, MachineError for too
-    little memory or disk space.
+    An unfinished run with the same settings, rows, base model and versions resumes from its newest complete checkpoint,
+    even if its folder was moved or copied, and gives the result of an uninterrupted run. `resume=False` starts from the
+    beginning. An adapter that is already there stays until the new one is complete. With dev rows the checkpoint with
+    the lowest dev loss is kept, otherwise the weights of the last step.
+
+    Raises SettingError where another process trains into the same folder, the unfinished run there has other settings,
+    several GPUs are visible without a launcher, or the run could teach nothing; DataError and ModelError for rows or
+    weights that are absent or don't fit; MachineError for too little memory or disk space.
     """
     join_processes()
     models.check_gpu(profile)
@@ -160,7 +163,10 @@ def train(
 
 
 def default_adapter_dir(profile: Profile, output_dir: str | Path | None = None) -> Path:
-    """Where `train` puts the finished adapter: adapter/ in the output folder (without LoRA model/)."""
+    """Where `train` puts the finished adapter: adapter/ in the output folder, or model/ for full fine-tuning.
+
+    Shown in 04, 4.2.
+    """
     return _output(profile, output_dir) / ("adapter" if profile.lora else "model")
 
 
@@ -199,7 +205,7 @@ def _train(
 
 @contextmanager
 def _tracked(profile: Profile, work: Path, start: Start, mode: str) -> Iterator[TrainerCallback | None]:
-    """SwanLab's callback on a run that holds all of this training, also what came before an interruption."""
+    """SwanLab's callback on one tracked run for all of this training, including what came before an interruption."""
     if not PartialState().is_main_process or mode == "disabled":
         yield None
         return
@@ -216,7 +222,7 @@ def _tracked(profile: Profile, work: Path, start: Start, mode: str) -> Iterator[
 
 
 def _out_of_memory(profile: Profile, rows: _Rows, work: Path) -> MachineError:
-    """The error for a GPU that was too small for a setting that was estimated to fit."""
+    """The error for a GPU that ran out of memory although the estimate said that the setting fits."""
     setting = memory.setting_of(
         profile, length=rows.longest, gpus=PartialState().num_processes, zero_stage=launched_zero_stage()
     )
@@ -243,11 +249,12 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     config: SFTConfig | None = None,
 ) -> SFTTrainer:
-    """A stock SFTTrainer for rows with `input_ids` and `labels`, as `datasets.encode_rows` gives them.
+    """A stock SFTTrainer for rows with `input_ids` and `labels`, as `data.encode_rows` gives them.
 
-    The LoRA modules are put onto `model` here. `config` None means `sft_config(profile, output_dir)`.
+    The trainer puts the LoRA matrices onto `model`. `config` None means `sft_config(profile, output_dir, model.dtype)`.
     Without dev rows there are checkpoints but no evaluation.
     Raises ModelError for LoRA targets that the model does not have.
+    Shown in 04, 4.3.
     """
     from trl import SFTTrainer
 
@@ -281,9 +288,10 @@ def _total_steps(config: SFTConfig, rows: int) -> int:
 
 
 def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | None = None) -> SFTConfig:
-    """TRL's settings for the profile; checkpoints go to `output_dir`. `dtype` is that of the loaded weights.
+    """TRL's settings for the profile. Checkpoints go to `output_dir`; `dtype` is that of the loaded weights.
 
-    How many steps lie between evaluations depends on the rows, so `build_trainer` sets it.
+    `build_trainer` sets the number of steps between evaluations, since it depends on the rows.
+    Shown in 04, 4.2.
     """
     from trl import SFTConfig
 
@@ -320,7 +328,7 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
         logging_nan_inf_filter=False,  # a loss that is not finite would be shown as 0
         eval_strategy=looks,
         save_strategy=looks,
-        # A checkpoint of a fully fine-tuned 9B takes 56 GB, with DeepSpeed 132: the newest and the best have to do.
+        # A checkpoint of a fully fine-tuned 9B takes 56 GB, with DeepSpeed 132: only the newest and the best are kept.
         save_total_limit=None if profile.lora else 2,
         load_best_model_at_end=looks != "no",
         metric_for_best_model="eval_loss",
@@ -332,7 +340,10 @@ def sft_config(profile: Profile, output_dir: str | Path, dtype: torch.dtype | No
 
 
 def lora_config(profile: Profile) -> LoraConfig:
-    """PEFT's settings for the profile's LoRA. Raises SettingError for a profile that trains all weights."""
+    """PEFT's settings for the profile's LoRA. Raises SettingError for a profile that trains all weights.
+
+    Shown in 04, 4.2.
+    """
     if profile.lora is None:
         raise SettingError(f"{profile.name} has no LoRA settings: it trains all weights.", "Choose a LoRA profile.")
     return LoraConfig(
@@ -349,7 +360,7 @@ def lora_config(profile: Profile) -> LoraConfig:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What one run learns from: encoded rows, and the questions it answers at checkpoints."""
+    """One run's encoded training and dev rows, and the questions it answers at checkpoints."""
 
     train: Dataset
     dev: Dataset | None
@@ -357,12 +368,12 @@ class _Rows:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each training row."""
+        """The number of tokens of each training row."""
         return [len(ids) for ids in self.train["input_ids"]]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest training row."""
+        """The number of tokens of the longest training row."""
         return max(self.lengths)
 
 
@@ -377,7 +388,7 @@ def _rows(profile: Profile, tokenizer: PreTrainedTokenizerBase, train: Dataset, 
 
 
 def _questions(profile: Profile, tokenizer: PreTrainedTokenizerBase, dev: Dataset | None) -> list[list[dict[str, str]]]:
-    """The profile's sample prompts, then questions from evenly spaced dev rows that training would keep."""
+    """The profile's sample prompts, then questions from evenly spaced dev rows; each is a list of messages."""
     system = [{"role": "system", "content": profile.system_prompt}] if profile.system_prompt else []
     questions = [[*system, {"role": "user", "content": prompt}] for prompt in profile.sample_prompts]
     if dev is None:

@@ -187,6 +187,13 @@ def test_no_role_token_in_pretraining_text(documents):
     assert not any("<|" in document or "[gMASK]" in document for document in documents)
 
 
+def test_seven_in_ten_documents_are_dialogues_as_the_cards_say(documents):
+    answered = [text for text in documents if re.search(r"^(答|乙|老师|A)：", text, re.MULTILINE)]
+    assert 0.65 <= len(answered) / len(documents) < 0.75
+    for card in ("README.md", "data/README.md", "weights/glm4-nano/README.md"):
+        assert re.search("seven\\s(documents\\s)?in\\sten", (DATA.parent / card).read_text(encoding="utf-8")), card
+
+
 def test_held_out_plans_and_quotations_are_not_in_pretraining_text(documents):
     everything = "\n".join(documents)
     free = [row["output"] for name in HELD_OUT for row in read(name) if row["kind"] in ("plan", "sentence")]

@@ -1,1 +1,1 @@
-"""One conversation, in a terminal or a notebook. Doors: the command `chat` and `widgets`."""
+"""A conversation with the base or the fine-tuned model. Doors: the command `chat` and `widgets`."""

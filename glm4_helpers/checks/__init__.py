@@ -1,1 +1,1 @@
-"""Is it whole, does it belong, is it live: weights, adapters, templates, shapes. Doors: `models`, `chat_format`."""
+"""Checks of weights, adapters, chat templates, values and shapes. Doors: `models`, `training`, `chat_format`."""

@@ -1,1 +1,1 @@
-"""The commands and what only they need: settings, download, export. Door: `python -m glm4_helpers`."""
+"""The commands, with settings, download and export, which only they need. Door: `python -m glm4_helpers`."""

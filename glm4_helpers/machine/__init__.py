@@ -1,1 +1,1 @@
-"""What this machine is, what fits on it, and the doctor. Doors: `training` and the command `doctor`."""
+"""This machine's hardware, the memory and disk that training takes, and the doctor. Doors: `training`, `doctor`."""

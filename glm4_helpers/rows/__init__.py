@@ -1,1 +1,1 @@
-"""What rows look like: readers of files, shapes of columns, reports of what was found. Door: `data`."""
+"""Reads files, gives columns their meaning and reports what was found. Door: `data`."""

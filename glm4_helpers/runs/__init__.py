@@ -1,4 +1,4 @@
-"""What makes a run safe to repeat: whose rows judge it, what it depends on, checkpoints, results, callbacks, tracking.
+"""Makes a run safe to repeat: what it depends on, processes, checkpoints, results, callbacks, tracking.
 
-Training is the door to this room; nothing here builds a trainer.
+Door: `training`. Nothing here builds a trainer.
 """

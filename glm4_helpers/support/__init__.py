@@ -1,1 +1,1 @@
-"""What every other room needs: errors, paths, files. It imports no other room."""
+"""Errors, paths and files, which every other room needs. It imports no other room."""

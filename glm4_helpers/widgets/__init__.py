@@ -1,4 +1,4 @@
-"""Widgets of the notebooks: the chat box and the token view.
+"""The notebooks' widgets: the chat box and the token view. Door: the notebooks.
 
 Each also has a form for readers without a running kernel: Markdown, HTML or a matplotlib figure.
 """
