@@ -173,7 +173,7 @@ def _is_list_of(check: Mapping[str, Any], given: str) -> bool:
 
 
 def is_right(row: Mapping[str, Any], answer: Answer) -> bool:
-    """A right answer passes the row's check as a whole and ended with a stop id within the limit."""
+    """A right answer passes the row's check as a whole and ended with a stop id within the limit. Shown in 05, 5.1."""
     return answer.stopped and check_answer(row["check"], answer.text)
 
 
@@ -300,6 +300,35 @@ def plain_questions_accuracy(
         for text, item in zip(written, questions, strict=True)
     ]
     return _by_kind(questions, right)
+
+
+PLAIN_TURNS = {"system": "", "user": "问：", "assistant": "答："}
+"""How each role's turn begins in plain text, as the pretraining text of glm4-nano writes questions and answers."""
+
+
+def score_as_text(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """What a prompt alone gets: rows with a check, asked as plain text in place of the chat format.
+
+    A system prompt comes first, then turns of 问： and 答：. An answer ends with its line, one of several lines where
+    the next 问： begins, and is judged by the row's check. Returns {"sets": {name: {"accuracy", "answers"}}}, each of
+    the answers with "answer" and "right". Shown in 05, 5.1.
+    """
+    sets = {}
+    for name, rows in held_out.items():
+        told: list[dict[str, Any]] = [{} for _ in rows]
+        for end, limit, lines in (("\n", 64, False), ("\n问：", 200, True)):
+            chosen = [number for number, row in enumerate(rows) if ("\n" in row["output"]) == lines]
+            prompts = [_as_text(to_messages(rows[number])[:-1]) for number in chosen]
+            for number, text in zip(chosen, continuations(model, tokenizer, prompts, limit, end), strict=True):
+                told[number] = {"answer": text, "right": check_answer(rows[number]["check"], text)}
+        sets[name] = {"accuracy": Rate.of(item["right"] for item in told).as_dict(), "answers": told}
+    return {"sets": sets}
+
+
+def _as_text(messages: Sequence[Mapping[str, str]]) -> str:
+    return "".join(f"{PLAIN_TURNS[message['role']]}{message['content']}\n" for message in messages) + "答："
 
 
 def _begins_with(text: str, accepted: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What every notebook needs besides its subject: quiet libraries, checks of exercises, the record of its figures.
+"""What every notebook needs besides its subject: quiet libraries, checks of exercises, tables, its record of figures.
 
 The exercises themselves are in the notebooks, their solutions in notebooks/solutions/.
 """
@@ -6,17 +6,21 @@ The exercises themselves are in the notebooks, their solutions in notebooks/solu
 from __future__ import annotations
 
 import dis
+import html
 import logging
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .machine.gpus import use_one_gpu
 from .support.errors import ignore_renamed_names, show_errors_plainly
 from .support.files import write_json
 from .support.paths import outputs_dir
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
 
 RIGHT, WRONG, NOT_ATTEMPTED = "right", "wrong", "not attempted"
 
@@ -92,6 +96,23 @@ def write_metrics(notebook: str, figures: Mapping[str, float | int | str]) -> Pa
     file = outputs_dir("metrics") / f"{notebook}.json"
     write_json(file, dict(figures))
     return file
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 120) -> Markdown:
+    """A Markdown table for the end of a cell; line breaks are kept, HTML is shown as text.
+
+    Each cell is cut after `width` characters, and one without text says so.
+    """
+    from IPython.display import Markdown
+
+    lines = [columns, ["---"] * len(columns), *([_table_cell(value, width) for value in row] for row in rows)]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _table_cell(value: Any, width: int) -> str:
+    text = str(value).strip()
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>") or "(nothing)"
 
 
 def _stub(_):

@@ -31,38 +31,44 @@ SET_LABELS = {
     "second_turns": "second turns",
 }
 
-KIND_LABELS = {
-    "word_to_english": "译成英文 word to English",
-    "english_to_word": "译成中文 English to word",
-    "category": "类别 category",
-    "property": "性质 property",
-    "opposite": "反义词 opposite",
-    "sum": "加法 sum",
-    "difference": "减法 difference",
-    "system": "系统提示 system prompt",
-    "follow_up": "追问 follow-up",
-    "capital": "首都 capital",
-    "capital_of": "哪国首都 capital of",
-    "list": "列举 list",
-    "quote": "引用 quote",
-    "sentence": "造句 sentence",
-    "count": "数数 count",
-    "plan": "计划 plan",
-    "new_topic": "换话题 new topic",
-    "descending": "降序 descending",
-    "ascending": "升序 ascending",
-    "larger": "较大 larger",
-    "smaller": "较小 smaller",
-    "remember": "记住 remember",
-    "introduce": "介绍 introduce",
-    "repeat": "重复 repeat",
-    "not_that_model": "不是那个模型 not that model",
-    "who": "是谁 who",
-    "hello": "问候 hello",
-    "thanks": "感谢 thanks",
-    "farewell": "告别 farewell",
+KINDS = {
+    "word_to_english": ("译成英文", "word to English"),
+    "english_to_word": ("译成中文", "English to word"),
+    "category": ("类别", "category"),
+    "property": ("性质", "property"),
+    "opposite": ("反义词", "opposite"),
+    "sum": ("加法", "sum"),
+    "difference": ("减法", "difference"),
+    "system": ("系统提示", "system prompt"),
+    "follow_up": ("追问", "follow-up"),
+    "capital": ("首都", "capital"),
+    "capital_of": ("哪国首都", "capital of"),
+    "list": ("列举", "list"),
+    "quote": ("引用", "quote"),
+    "sentence": ("造句", "sentence"),
+    "count": ("数数", "count"),
+    "plan": ("计划", "plan"),
+    "new_topic": ("换话题", "new topic"),
+    "descending": ("降序", "descending"),
+    "ascending": ("升序", "ascending"),
+    "larger": ("较大", "larger"),
+    "smaller": ("较小", "smaller"),
+    "remember": ("记住", "remember"),
+    "introduce": ("介绍", "introduce"),
+    "repeat": ("重复", "repeat"),
+    "not_that_model": ("不是那个模型", "not that model"),
+    "who": ("是谁", "who"),
+    "hello": ("问候", "hello"),
+    "thanks": ("感谢", "thanks"),
+    "farewell": ("告别", "farewell"),
 }
-"""Kinds of the course's own rows, in Chinese with an English gloss; other kinds are shown by their name."""
+"""Kinds of the course's own rows, in Chinese and in English; other kinds are shown by their name."""
+
+HALVES = {"dev": "dev set", "test": "test set"}
+AS_TEXT_LABEL = "before, asked as plain text"
+
+SMOOTHED_FROM = 500
+"""Fewer losses are drawn as they are: a moving average would visibly lag behind them."""
 
 MEMORY_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
 
@@ -134,31 +140,37 @@ def new_figure(width: float, height: float, columns: int = 1, **options: Any) ->
 
 
 def kind_label(kind: str) -> str:
-    """A kind of row as it stands on an axis."""
-    return KIND_LABELS.get(kind, kind)
+    """A kind of row in Chinese and English, as figures and tables show it."""
+    return " ".join(KINDS.get(kind, (kind,)))
 
 
 # Scores
 
 
 @_figure
-def before_after_figure(result: Mapping[str, Any]) -> Figure:
+def before_after_figure(result: Mapping[str, Any], as_text: Mapping[str, Any] | None = None) -> Figure:
     """Accuracy of each held-out set with its 95 % interval, and the stop rate, before and after.
 
-    `result` is what `evaluation.before_after` returns, or its JSON. Sets of free text, which have no accuracy, show
-    their stop rate only.
+    `result` is what `before_after` returns, or its JSON. `as_text`, from `score_as_text`, adds the base model asked in
+    plain text. Sets of free text, which have no accuracy, show their stop rate only.
     """
     names = list(result["before"]["sets"])
     scored = [name for name in names if result["before"]["sets"][name]["accuracy"]]
-    figure, (left, right) = new_figure(10, 1.6 + 0.62 * len(names), 2, width_ratios=(1.5, 1))
+    bars = [("before", BEFORE, result["before"]["sets"])]
+    if as_text:
+        bars.append((AS_TEXT_LABEL, ACCENT, as_text["sets"]))
+    bars.append(("after", AFTER, result["after"]["sets"]))
+    height = 0.76 / len(bars)
+    figure, (left, right) = new_figure(10, 1.6 + (0.34 * len(bars) - 0.06) * len(names), 2, width_ratios=(1.5, 1))
+    for number, (label, colour, sets) in enumerate(bars):
+        offset = (number - (len(bars) - 1) / 2) * height
+        _interval_bars(left, [sets[name]["accuracy"] for name in scored], offset, height, colour, label)
     for offset, side, colour in ((-0.19, "before", BEFORE), (0.19, "after", AFTER)):
-        sets = result[side]["sets"]
-        _interval_bars(left, [sets[name]["accuracy"] for name in scored], offset, colour, side)
-        _rate_bars(right, [sets[name]["stop_rate"] for name in names], offset, colour, side)
+        _rate_bars(right, [result[side]["sets"][name]["stop_rate"] for name in names], offset, colour, side)
     rows = {name: len(result["before"]["sets"][name]["answers"]) for name in names}
     _name_rows(left, [f"{SET_LABELS.get(name, name)}\n{rows[name]} rows" for name in scored])
     _name_rows(right, [SET_LABELS.get(name, name) for name in names])
-    left.set_title(f"right answers, {result['half']} set, 95 % intervals")
+    left.set_title(f"right answers, {HALVES.get(result['half'], result['half'])}, 95 % intervals")
     right.set_title("answers that stopped by themselves")
     _legend_below(figure, left)
     return figure
@@ -166,24 +178,24 @@ def before_after_figure(result: Mapping[str, Any]) -> Figure:
 
 @_figure
 def kinds_figure(result: Mapping[str, Any]) -> Figure:
-    """Accuracy of each kind of row in each held-out set, before (hollow) and after (filled), with 95 % intervals.
+    """Accuracy of each kind of row in each held-out set after fine-tuning, with 95 % intervals.
 
-    The kind with most right answers after fine-tuning, over all sets, is on top. `result` is what
-    `evaluation.before_after` returns, or its JSON.
+    The kind with most right answers, over all sets, is on top. `result` is what `before_after` returns, or its JSON.
     """
     sets = {name: scored for name, scored in result["after"]["sets"].items() if scored["kinds"]}
     kinds = sorted(_right_by_kind(sets).items(), key=lambda item: (-item[1], kind_label(item[0])))
-    width, height = 3.2 + 2.2 * len(sets), 1.2 + 0.27 * len(kinds)
+    width, height = 3.2 + 2.2 * len(sets), 0.8 + 0.25 * len(kinds)
     figure, axes = new_figure(width, height, max(1, len(sets)), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], sets):
         for row, (kind, _) in enumerate(kinds):
-            _dots(axis, row, result["before"]["sets"][name]["kinds"].get(kind), sets[name]["kinds"].get(kind))
+            if score := sets[name]["kinds"].get(kind):
+                axis.plot([100 * score["low"], 100 * score["high"]], [row, row], color=AFTER, linewidth=1.2)
+                axis.plot(100 * score["accuracy"], row, "o", color=AFTER, markersize=5)
         axis.set_title(SET_LABELS.get(name, name))
         axis.tick_params(axis="y", length=0)
         _percent_axis(axis)
         axis.set_xlim(left=-4)  # dots at nought are drawn whole
     _name_rows(axes[0][0], [kind_label(kind) for kind, _ in kinds])
-    _legend_below(figure, axes[0][0])
     return figure
 
 
@@ -197,7 +209,9 @@ def _right_by_kind(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {kind: right[kind] / total[kind] for kind in total}
 
 
-def _interval_bars(axis: Axes, scores: Sequence[Mapping[str, float]], offset: float, colour: str, label: str) -> None:
+def _interval_bars(
+    axis: Axes, scores: Sequence[Mapping[str, float]], offset: float, height: float, colour: str, label: str
+) -> None:
     places = [row + offset for row in range(len(scores))]
     values = [100 * score["accuracy"] for score in scores]
     below = [100 * (score["accuracy"] - score["low"]) for score in scores]
@@ -205,7 +219,7 @@ def _interval_bars(axis: Axes, scores: Sequence[Mapping[str, float]], offset: fl
     # Rounding may leave -1e-15, which matplotlib refuses.
     spread = [[max(0.0, value) for value in side] for side in (below, above)]
     error = {"ecolor": TEXT, "capsize": 3, "elinewidth": 1}
-    axis.barh(places, values, 0.36, color=colour, label=label, xerr=spread, error_kw=error)
+    axis.barh(places, values, 0.95 * height, color=colour, label=label, xerr=spread, error_kw=error)
     for place, value, width in zip(places, values, spread[1]):
         axis.annotate(f"{value:.0f} %", (value + width, place), (5, 0), textcoords="offset points", va="center", size=9)
     _percent_axis(axis)
@@ -218,27 +232,6 @@ def _rate_bars(axis: Axes, rates: Sequence[float], offset: float, colour: str, l
         text = f"{100 * rate:.0f} %"
         axis.annotate(text, (100 * rate, place), (5, 0), textcoords="offset points", va="center", size=9)
     _percent_axis(axis)
-
-
-def _dots(axis: Axes, row: int, before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> None:
-    """One kind in one set: hollow before, filled after, a line for each interval."""
-    for score, offset, colour, face, label in (
-        (before, -0.14, BEFORE, BACKGROUND, "before"),
-        (after, 0.14, AFTER, AFTER, "after"),
-    ):
-        if score is None:
-            continue
-        axis.plot([100 * score["low"], 100 * score["high"]], [row + offset] * 2, color=colour, linewidth=1.2)
-        again = label in axis.get_legend_handles_labels()[1]
-        axis.plot(
-            100 * score["accuracy"],
-            row + offset,
-            "o",
-            color=colour,
-            markerfacecolor=face,
-            markersize=5,
-            label=None if again else label,
-        )
 
 
 def _percent_axis(axis: Axes) -> None:
@@ -268,23 +261,27 @@ def loss_figure(
     log_history: Sequence[Mapping[str, Any]],
     dev: Sequence[Mapping[str, float]] | None = None,
 ) -> Figure:
-    """Training loss by step, as logged and smoothed, with the dev loss where it was measured.
+    """Training loss by step on a log axis, with the dev loss where it was measured.
 
-    `log_history` is the trainer's. `dev` are mappings of step and loss; None takes the history's own eval_loss.
+    `log_history` is the trainer's. `dev` are mappings of step and loss; None takes the history's own eval_loss. From
+    SMOOTHED_FROM logged losses on, a moving average shows their trend.
     """
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
     points = _dev_points(log_history) if dev is None else [(row["step"], row["loss"]) for row in dev]
     figure, axis = new_figure(7.5, 3.4)
     if train:
         steps, losses = zip(*train)
-        axis.plot(steps, losses, color=BEFORE, alpha=0.45, linewidth=1, label="training loss, as logged")
-        axis.plot(steps, smoothed(losses), color=AFTER, linewidth=2, label="training loss, smoothed")
+        many = len(train) >= SMOOTHED_FROM
+        axis.plot(steps, losses, color=AFTER, alpha=0.4 if many else 1, linewidth=1.2, label="training loss")
+        if many:
+            axis.plot(steps, smoothed(losses), color=AFTER, linewidth=2, label="training loss, smoothed")
     if points:
         axis.plot(*zip(*points), "o-", color=ACCENT, linewidth=1.5, label="dev loss")
     axis.set_xlabel("step")
     axis.set_ylabel("loss (nats per answer token)")
     axis.set_xlim(0, 1.02 * max((step for step, _ in [*train, *points]), default=1))
-    axis.set_ylim(bottom=0)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(axis="y")
     if train or points:
         axis.legend(loc="upper right")

@@ -15,7 +15,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "05_before_after_comparison.ipynb"
-DRAWN_BY = "plots.before_after_figure("
+DRAWN_BY = "before_after_figure("
 TARGET = ROOT / "images" / "before_after.png"
 
 

@@ -25,6 +25,7 @@ from glm4_helpers.evaluation import (
     format_table,
     is_right,
     paired_test,
+    score_as_text,
     wilson_interval,
     wording_bootstrap,
 )
@@ -228,6 +229,28 @@ ROWS = [
     {"instruction": f"{number}的名字？", "input": "" if number % 2 else "天地", "output": f"苹果{number}。"}
     for number in range(100, 180)
 ]
+
+
+def test_the_base_model_answers_in_plain_text_what_it_cannot_in_the_chat_format(nano_model, nano_tokenizer):
+    """With earlier turns, a system prompt and an answer of several lines; a wrong check stays wrong."""
+    rows = read_held_out(get_profile("glm4-nano"), "dev")
+    asked = {
+        "several lines": [row for row in rows["unseen_rows"] if row["kind"] == "plan"],
+        "one line": rows["unseen_rows"][:8],
+        "earlier turns": rows["second_turns"][:8],
+        "system": [row for row in rows["unseen_rows"] if row.get("system")],
+        "wrong": [{**row, "check": {"type": "exact", "answers": ["错"]}} for row in rows["unseen_rows"][:2]],
+    }
+    scored = score_as_text(nano_model, nano_tokenizer, asked)["sets"]
+    assert {name: len(side["answers"]) for name, side in scored.items()} == {name: len(asked[name]) for name in asked}
+    for name in ("several lines", "one line", "earlier turns", "system"):
+        assert scored[name]["accuracy"]["right"] > 0, name
+        assert any(answer["right"] and "\n" in answer["answer"] for answer in scored[name]["answers"]) == (
+            name == "several lines"
+        )
+    assert scored["wrong"]["accuracy"]["right"] == 0
+    chat = evaluate_rows(nano_model, nano_tokenizer, asked["one line"], max_new_tokens=64).accuracy
+    assert chat.right < scored["one line"]["accuracy"]["right"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from glm4_helpers.notebook import NOT_ATTEMPTED, RIGHT, WRONG, Outcome, check, judge, write_metrics
+from glm4_helpers.notebook import NOT_ATTEMPTED, RIGHT, WRONG, Outcome, check, judge, show_table, write_metrics
 
 
 def do_nothing(text):
@@ -116,3 +116,18 @@ def test_figures_are_written_and_replaced(tmp_path, monkeypatch):
     file = write_metrics("02_model_inspection", {"parameters": 2, "注": "二"})
     assert file == tmp_path / "outputs" / "metrics" / "02_model_inspection.json"
     assert json.loads(file.read_text(encoding="utf-8")) == {"parameters": 2, "注": "二"}
+
+
+def test_a_table_keeps_bars_line_breaks_and_html_as_text():
+    table = show_table(["asked", "answer"], [("a|b", "<|user|>\nsecond line "), (1, "  ")])
+    assert table.data.splitlines() == [
+        "| asked | answer |",
+        "| --- | --- |",
+        r"| a\|b | &lt;\|user\|&gt;<br>second line |",
+        "| 1 | (nothing) |",
+    ]
+
+
+@pytest.mark.parametrize(("text", "cell"), [("四个汉字", "四个汉字"), ("五个字的话", "五个字…")])
+def test_a_table_cuts_long_cells_and_shows_that_it_did(text, cell):
+    assert show_table(["text"], [[text]], width=4).data.splitlines()[-1] == f"| {cell} |"

@@ -1,5 +1,6 @@
 """The notebooks: fit to be committed, made as the course makes them, each running alone, and each cell twice."""
 
+import ast
 import copy
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import glm4_helpers
 from glm4_helpers.cli import main as command_line
 from glm4_helpers.cli.commands import course
 from glm4_helpers.data import read_rows
@@ -133,6 +135,51 @@ def test_renders(path):
 @every
 def test_cells_are_short(path):
     assert max(len(cell.source.splitlines()) for cell in code_cells(read(path))) <= 25
+
+
+PLUMBING = re.compile(r"\|---|sys\.path|\.cwd\(\)|runpy")
+"""Looking for files, and Markdown tables by hand: nothing that a learner came for."""
+
+
+@every
+def test_plumbing_takes_few_lines(path):
+    plumbing = [cell.source for cell in code_cells(read(path)) if PLUMBING.search(cell.source)]
+    assert [source for source in plumbing if len(source.splitlines()) > 6] == []
+
+
+def imported_names(notebook) -> set[str]:
+    """Names that a notebook's code imports from the package. There is one style: names, from the package itself."""
+    code = "\n".join(re.sub(r"(?m)^\s*[%!].*$", "", cell.source) for cell in code_cells(notebook))
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    assert [module for module in modules if module.startswith("glm4_helpers.")] == []
+    from_package = [node for node in nodes if getattr(node, "module", "") == "glm4_helpers"]
+    return {name.name for node in from_package for name in node.names}
+
+
+@every
+def test_imports_names_that_it_uses(path):
+    notebook = read(path)
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    imported = imported_names(notebook)
+    assert imported <= set(glm4_helpers.__all__)
+    assert {name for name in imported if len(re.findall(rf"\b{name}\b", code)) < 2} == set()
+
+
+def test_the_package_lists_no_name_that_notebooks_do_not_use():
+    used = set().union(*(imported_names(read(path)) for path in [*COURSE, *SOLUTIONS]))
+    assert set(glm4_helpers.__all__) - used <= {"CourseError", "home", "doctor"}
+
+
+@of_course
+def test_prose_names_every_core_function_that_is_used(path):
+    """Core modules lie flat in the package; names from its rooms are details."""
+    notebook = read(path)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", prose))))
+    core = {name for name in imported_names(notebook) if "." not in glm4_helpers._HOMES[name] and name.islower()}
+    assert core - named == set()
 
 
 @of_course

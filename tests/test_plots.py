@@ -35,6 +35,7 @@ def side(right, stop_rate):
 
 
 RESULT = {"half": "test", "before": side(1, 0.5), "after": side(19, 1.0)}
+AS_TEXT = {"sets": {name: {"accuracy": score(30, 40)} for name in ("unseen_rows", "second_turns")}}
 HISTORY = [{"step": step, "loss": 4 / step} for step in range(1, 40)] + [{"step": 20, "eval_loss": 0.4}]
 CHECKPOINTS = [
     {"step": 10, "dev_loss": 0.5, "dev_token_accuracy": 0.8, "stop_rate": 0.9, "best": False},
@@ -47,12 +48,13 @@ TABLE = [
 ]
 FIGURES = {
     "before_after": lambda: plots.before_after_figure(RESULT),
+    "before_after_prompted": lambda: plots.before_after_figure(RESULT, AS_TEXT),
     "kinds": lambda: plots.kinds_figure(RESULT),
     "loss": lambda: plots.loss_figure(HISTORY),
     "checkpoints": lambda: plots.checkpoints_figure(CHECKPOINTS),
     "parameters": lambda: plots.parameter_figure(TABLE),
     "lengths": lambda: plots.lengths_figure([5, 9, 30], max_length=20),
-    "kinds_of_rows": lambda: plots.kinds_of_rows_figure([{"kind": kind} for kind in plots.KIND_LABELS]),
+    "kinds_of_rows": lambda: plots.kinds_of_rows_figure([{"kind": kind} for kind in plots.KINDS]),
     "memory": lambda: plots.memory_figure({"LoRA": {"weights": 2**34, "我的": 2**30}}, limit=24 * 2**30),
 }
 
@@ -102,6 +104,32 @@ def test_before_after_shows_accuracy_interval_and_stop_rate():
     assert high == pytest.approx(100 * RESULT["before"]["sets"]["unseen_rows"]["accuracy"]["high"])
 
 
+def test_a_prompted_base_model_stands_between_before_and_after():
+    left, right = plots.before_after_figure(RESULT, AS_TEXT).axes
+    assert [text.get_text() for text in left.texts] == ["5 %", "5 %", "75 %", "75 %", "95 %", "95 %"]
+    assert len({bar.get_facecolor() for bar in left.patches}) == 3
+    places = sorted(bar.get_y() + bar.get_height() / 2 for bar in left.patches)
+    assert places == pytest.approx([row + offset for row in (0, 1) for offset in (-0.2533, 0, 0.2533)], abs=1e-3)
+    assert len(right.texts) == 6, "a line that ends is no stop token: text has no stop rate"
+
+
+@pytest.mark.parametrize(("half", "title"), [("test", "test set"), ("dev", "dev set"), ("held-out", "held-out")])
+def test_sets_are_called_dev_and_test_set(half, title):
+    figure = plots.before_after_figure({**RESULT, "half": half})
+    assert figure.axes[0].get_title(loc="left") == f"right answers, {title}, 95 % intervals"
+
+
+def test_kinds_are_named_in_both_languages_and_your_own_as_they_are():
+    assert plots.kind_label("capital_of") == "哪国首都 capital of"
+    assert plots.kind_label("我的类别") == "我的类别"
+
+
+def test_kinds_are_those_of_the_fine_tuned_model():
+    figure = plots.kinds_figure(RESULT)
+    dots = {float(line.get_xdata()[0]) for axis in figure.axes for line in axis.lines if line.get_marker() == "o"}
+    assert dots == {95.0}
+
+
 def test_kinds_has_a_column_for_each_set_that_can_be_right():
     figure = plots.kinds_figure(RESULT)
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["unseen rows", "second turns"]
@@ -115,6 +143,14 @@ def test_loss_takes_dev_from_the_history_or_from_the_caller():
 
     assert dev_points(plots.loss_figure(HISTORY)) == [(20, 0.4)]
     assert dev_points(plots.loss_figure(HISTORY, dev=[{"step": 5, "loss": 1.5}])) == [(5, 1.5)]
+
+
+@pytest.mark.parametrize(("logged", "lines"), [(222, 1), (plots.SMOOTHED_FROM, 2)])
+def test_losses_are_on_a_log_axis_and_only_many_are_smoothed(logged, lines):
+    axis = plots.loss_figure([{"step": step, "loss": 4 / step} for step in range(1, logged + 1)]).axes[0]
+    assert axis.get_yscale() == "log"
+    assert len(axis.lines) == lines
+    assert list(axis.lines[0].get_ydata()[:2]) == [4, 2]
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
@@ -174,7 +210,9 @@ def test_memory_shows_every_part_of_an_estimate_and_their_sum():
 
 def test_the_shipped_font_has_every_character_of_the_labels_and_the_rows():
     glyphs = get_font(plots.SHIPPED_FONT).get_charmap()
-    written = "".join(plots.KIND_LABELS.values()) + (ROOT / "glm4_helpers" / "plots.py").read_text(encoding="utf-8")
+    written = "".join(map(plots.kind_label, plots.KINDS)) + (ROOT / "glm4_helpers" / "plots.py").read_text(
+        encoding="utf-8"
+    )
     for file in sorted((ROOT / "data").rglob("*.json")):
         written += file.read_text(encoding="utf-8")
     assert {character for character in written if character.isprintable() and ord(character) not in glyphs} <= set("±")
