@@ -463,7 +463,7 @@ def _logits(shape: Shape, setting: Setting, profile: Profile) -> Part:
 
 
 def _head_gradient(shape: Shape, setting: Setting, profile: Profile) -> tuple[int, str]:
-    """Where lm_head is trained: its gradient in float32 and in bfloat16, beyond the other gradients, which come later."""
+    """Where lm_head is trained: its gradient in float32 and bfloat16, beyond the other gradients, which come later."""
     if profile.lora is not None:
         return 0, ""
     own = shape.vocabulary * shape.hidden * (4 + COMPUTE_BYTES)

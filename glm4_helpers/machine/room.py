@@ -53,7 +53,8 @@ def require_room(
     there = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file()) / GIB
     if disk > here.disk_free_gib + there:
         raise MachineError(
-            f"The checkpoints of {profile.name} need about {disk:.1f} GiB; {here.disk_free_gib:.1f} GiB are free for {folder}.",
+            f"The checkpoints of {profile.name} need about {disk:.1f} GiB; "
+            f"{here.disk_free_gib:.1f} GiB are free for {folder}.",
             "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
         )
     setting = memory.setting_of(
@@ -69,7 +70,7 @@ def require_room(
 
 
 def launched_zero_stage() -> int:
-    """The ZeRO stage that `accelerate launch` started this process with; FSDP, which divides all of it too, counts as 3."""
+    """The ZeRO stage that `accelerate launch` started this process with; FSDP, which divides as much, counts as 3."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return 3
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
@@ -78,8 +79,8 @@ def launched_zero_stage() -> int:
 def _checkpoint_gib(profile: Profile, shape: memory.Shape, zero_stage: int) -> float:
     """Checkpoints and the result: trained weights with AdamW's two states; LoRA keeps every checkpoint, in float32.
 
-    In full fine-tuning two stay, and a third is there until the oldest is gone. DeepSpeed saves its states and its copy of
-    the weights in float32: 14 bytes a weight instead of 6 (runtime/zero/, stages 1 to 3).
+    In full fine-tuning two stay, and a third is there until the oldest is gone. DeepSpeed saves its states and its copy
+    of the weights in float32: 14 bytes a weight instead of 6 (runtime/zero/, stages 1 to 3).
     """
     if profile.lora:
         return memory.lora_parameters(shape, profile) * 4 * 3 * (profile.training.evaluations_per_run + 1) / GIB
