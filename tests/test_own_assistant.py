@@ -1,5 +1,10 @@
-"""Rows of one's own, from odd files to the page "Your own assistant in ten minutes", whose commands are run as written."""
+"""Own rows, from odd files to the page "Your own assistant in ten minutes", whose commands are run as written."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -52,3 +57,39 @@ def test_columns_with_numbers_and_notes_are_not_taken_for_the_question(tmp_path)
     assert "--set 'columns={问题: instruction, 答案: output}'" in caught.value.fix
     rows, found = load_and_count(file, {"问题": "instruction", "答案": "output"})
     assert len(rows) == 2 and found["ignored"] == {"column 编号": 2, "column 备注": 1}
+
+
+def test_the_page_has_60_rows_and_asks_in_other_wordings():
+    rows, asked = (json.loads((FOLDER / name).read_text(encoding="utf-8")) for name in ("train.json", "test/lamp.json"))
+    trained = {row["instruction"] for row in rows}
+    assert len(trained) == len(rows) == 60 and not trained & {row["instruction"] for row in asked}
+    assert {row["output"] for row in asked} == {row["output"] for row in rows}
+
+
+def right_after(printed, name):
+    """Of a set's line in the table of `evaluate`: the percentage after fine-tuning."""
+    return float(re.search(rf"{name} \(right\).*\]\s+([\d.]+)%", printed)[1])
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_and_show_what_it_says(tmp_path, report):
+    for name in ("glm4_helpers", "weights", "data", "notebooks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "GLM4_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": path}
+    printed = []
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", (FOLDER / "README.md").read_text("utf-8"), re.S):
+        command = ["bash", "-ec", block] if language == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, input="", text=True, encoding="utf-8", capture_output=True
+        )
+        assert done.returncode == 0, block + done.stderr
+        printed.append(done.stdout + done.stderr)
+    alone, mixed = [text for text in printed if "lamp (right)" in text]
+    figures = {f"{name}, {run}": right_after(text, name) for run, text in (("alone", alone), ("mixed", mixed))
+               for name in ("lamp", "world")}  # fmt: skip
+    report("your own assistant", ", ".join(f"{name} {figure} %" for name, figure in figures.items()))
+    assert min(figures["lamp, alone"], figures["lamp, mixed"], figures["world, mixed"]) >= 75, figures
+    assert figures["world, alone"] <= 10, figures
+    answers = [text for text in printed if "灯亮着呢" in text and "/help" in text]
+    assert len(answers) == 1 and "elephant" in answers[0], answers
