@@ -184,12 +184,13 @@ def train_and_dev(profile: Profile) -> tuple[Dataset, Dataset | None]:
 def dev_note(profile: Profile, train: Dataset, dev: Dataset | None) -> str:
     """What a user should know about the dev rows, in one line; empty where there is nothing to say."""
     if dev is None:
-        few = f"{len(train)} rows are too few to hold some out"
+        few = f"{len(train)} rows are too few to hold some out: less than {LEAST_DEV_ROWS} would judge"
         why = few if _chooses_by_itself(profile) else "no rows are held out"
         return f"There is no dev set ({why}): the weights of the last step are kept."
     if _chooses_by_itself(profile):
+        data = profile.train_data if isinstance(profile.train_data, str) else ", ".join(profile.train_data)
         return (
-            f"Dev set: {len(dev)} of the {len(train) + len(dev)} rows of {profile.train_data}, chosen by their content "
+            f"Dev set: {len(dev)} of the {len(train) + len(dev)} rows of {data}, chosen by their content "
             "and not trained on. Set dev_data or dev_fraction to judge by others."
         )
     seen = set(map(canonical, train["messages"]))

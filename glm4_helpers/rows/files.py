@@ -229,6 +229,7 @@ _SAVE_AS = "Save it as JSON, JSON Lines, CSV, Excel or Parquet."
 _UNPACK = "Unpack it, and give the file or the folder."
 _OTHER_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer without its data", "Run git lfs pull, or download the file."),
+    (b"PK\x05\x06", "an empty zip file", "Pack the files with rows into it once more."),
     (b"\x00\x05\x16\x07", "a file that macOS writes beside the real one", "Give the one without ._ in its name."),
     (b"\xd0\xcf\x11\xe0", "an old Excel file (.xls)", "Save it as .xlsx, or as CSV in UTF-8."),
     (b"%PDF", "a PDF", "Write its text into rows, such as JSON Lines with instruction and output."),
@@ -269,7 +270,8 @@ def _text_rows(text: str, shown: str) -> Iterable[LocatedRow]:
     if first.startswith("<"):
         fix = "Download the file itself: its address on a hub has /resolve/, where the page has /blob/."
         raise DataError(f"{shown} is a web page or XML, not rows.", fix)
-    if len(lines) > 1 and first.startswith("{") and (_is_object(first) or _is_object(lines[-1].lstrip("\ufeff"))):
+    ends = [line.strip().lstrip("\ufeff").removesuffix(",") for line in (first, lines[-1])]
+    if len(lines) > 1 and first.startswith("{") and any(map(_is_object, ends)):
         return _jsonl_rows(text, shown)
     if first.startswith(("[", "{")):
         return _json_rows(text, shown)
@@ -277,7 +279,7 @@ def _text_rows(text: str, shown: str) -> Iterable[LocatedRow]:
         return _csv_rows(text, shown)
     raise DataError(
         f"{shown} is not JSON, nor a table with a line of column names: it begins with {first[:30]!r}.",
-        _SAVE_AS,
+        "Put a comma (,) between cells instead of ，." if "，" in first else _SAVE_AS,
     )
 
 
@@ -298,7 +300,8 @@ def _json_rows(text: str, shown: str) -> list[LocatedRow]:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         problem = f"{shown} is not JSON: {error.msg.removesuffix(' at')} in {place}."
-        raise DataError(problem, "Correct the file there.") from error
+        fix = "Correct the file there: JSON is one list of all rows, JSON Lines have one object a line."
+        raise DataError(problem, fix) from error
     if not isinstance(rows, list):
         if rows and all(isinstance(value, dict) for value in rows.values()):
             fix = "Write it with to_json(path, orient='records', force_ascii=False)."
@@ -324,7 +327,8 @@ def _jsonl_rows(text: str, shown: str) -> Iterator[LocatedRow]:
             yield _located(_json(line), where)
         except json.JSONDecodeError as error:
             problem = f"it is not JSON: {error.msg.removesuffix(' at')} in column {error.colno}."
-            yield LocatedRow(where, DataError(problem, "Write one JSON object a line."))
+            comma = " without the comma after it" if line.rstrip().endswith(",") else ""
+            yield LocatedRow(where, DataError(problem, f"Write one JSON object a line{comma}."))
 
 
 def _located(row: Any, where: str) -> LocatedRow:
@@ -352,7 +356,8 @@ def _csv_rows(text: str, shown: str) -> Iterator[LocatedRow]:
                 continue
             if not names:
                 names = cells
-                if len(set(names)) < len(names):
+                named = [name for name in names if name]  # spreadsheets leave commas where nothing is
+                if len(set(named)) < len(named):
                     raise DataError(f"{shown} has two columns of the same name.", "Rename one in the first line.")
             elif cells == names:
                 yield LocatedRow(where, DataError("it repeats the column names.", "Remove the line."))
@@ -362,7 +367,8 @@ def _csv_rows(text: str, shown: str) -> Iterator[LocatedRow]:
             else:
                 yield LocatedRow(where, {name: cell for name, cell in zip(names, cells) if cell not in ("", "NaN")})
     except csv.Error as error:
-        raise DataError(f"{shown}, line {start} is not CSV: {error}.", "Correct the file there.") from error
+        fix = 'A cell that begins with " has to end with it, and a " inside it is written twice.'
+        raise DataError(f"{shown}, line {start} is not CSV: {error}.", fix) from error
     finally:
         csv.field_size_limit(limit)
 

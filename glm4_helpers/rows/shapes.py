@@ -183,6 +183,10 @@ SHAPES = {
 }
 
 
+_COLUMN_SIGNS = (("问", "指令", "question", "ask"), ("答", "回复", "answer", "reply"))
+"""What names of columns hold that are likely to be questions, and answers."""
+
+
 def _shape(row: Mapping[str, Any]) -> str:
     """The one shape whose columns are all there, else the first whose question is: its reader says what is absent."""
     whole = [name for name, shape in SHAPES.items() if all(column in row for column in shape.columns)]
@@ -196,11 +200,16 @@ def _shape(row: Mapping[str, Any]) -> str:
         fix = "Give questions and answers: this course fine-tunes a model to answer."
         raise DataError("it has text alone, as pretraining uses, without question and answer.", fix)
     texts = [name for name, value in row.items() if isinstance(value, str) and name not in KEPT_COLUMNS]
-    names = [*texts, "QUESTION", "ANSWER"]
+    pair = texts if len(texts) == 2 else ("QUESTION", "ANSWER")
+    asked, answered = ([name for name in texts if any(sign in name for sign in signs)] for signs in _COLUMN_SIGNS)
+    if any(name.endswith(("。", "？", "！", "?", "!")) for name in row):
+        fix = "Name the columns in the first line of a table; in JSON write each row as an object with them."
+        raise DataError(f"it has sentences where the names of columns belong ({', '.join(row)[:60]}).", fix)
     raise DataError(
         f"the row has the columns of no known format (its columns: {', '.join(row) or 'none'}).",
         f"Use one of {'; '.join(', '.join(shape.columns) for shape in SHAPES.values())}; "
-        f"or say what yours mean: --set 'columns={{{names[0]}: instruction, {names[1]}: output}}'.",
+        "or say what yours mean: "
+        f"--set 'columns={{{[*asked, pair[0]][0]}: instruction, {[*answered, pair[1]][0]}: output}}'.",
     )
 
 
