@@ -121,7 +121,7 @@ class TrainingSettings:
 class Needs:
     """What training takes, in GiB: `memory_gib` of RAM, `gpu_memory_gib` on GPUs, `disk_gib` on disk.
 
-    `gpu_memory_gib` is 0 where a CPU is enough, and the sum over all GPUs for full fine-tuning.
+    `gpu_memory_gib` is for one GPU, and 0 where a CPU is enough.
     """
 
     memory_gib: float

@@ -24,7 +24,7 @@ from ..support.paths import home
 from . import hardware
 from .gpus import BFLOAT16_FIX, TORCH, torch_fix, torch_index
 from .hardware import Gpu, Machine, counted, gpu_text, package_version, this_machine
-from .room import needs
+from .room import memory_on_each, needs
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,7 @@ def _profile_check(here: Machine, name: str) -> Check:
     disk_gib = need.disk_gib - _downloaded_gib(profile)
     wanted = f"{need.memory_gib:.0f} GiB memory, {disk_gib:.0f} GiB disk"
     if need.gpu_memory_gib:
-        where = "one GPU" if profile.lora else "all GPUs together"
-        wanted += f", {need.gpu_memory_gib:.0f} GiB on {where} with bfloat16"
+        wanted += f", {need.gpu_memory_gib:.0f} GiB on one GPU with bfloat16"
     ok = _gpu_check(here, profile).ok and here.memory_gib >= need.memory_gib and here.disk_free_gib >= disk_gib
     return Check(name, ok, f"needs {wanted}", "" if ok else "Take a larger machine, or a smaller profile.")
 
@@ -198,10 +197,15 @@ def _gpu_problem(gpus: tuple[Gpu, ...], profile: Profile, need: float) -> tuple[
     """What keeps the profile from these GPUs together, and the fix; both empty where nothing does."""
     if not all(gpu.bfloat16 for gpu in gpus) and (profile.dtype == "bfloat16" or profile.quantization):
         return f"{profile.name} computes in bfloat16", BFLOAT16_FIX
-    if sum(gpu.memory_gib for gpu in gpus) < need:
-        fix = "Take a larger GPU, or a smaller profile with --profile; training.max_length also lowers the need."
+    if max(gpu.memory_gib for gpu in gpus) >= need:
+        return "", ""
+    fix = "Take a larger GPU, or a smaller profile with --profile; training.max_length also lowers the need."
+    if len(gpus) == 1:
         return f"{need:.0f} GiB needed", fix
-    return "", ""
+    each = memory_on_each(profile, len(gpus))
+    if min(gpu.memory_gib for gpu in gpus) >= each:
+        return "", ""
+    return f"{need:.0f} GiB needed on one, or {each:.0f} on each of {len(gpus)} with ZeRO-3", fix
 
 
 def _bfloat16_text(gpu: Gpu) -> str:

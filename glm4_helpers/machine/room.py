@@ -19,23 +19,26 @@ from . import gpus, hardware, memory
 
 
 def needs(profile: Profile) -> Needs:
-    """Estimated needs for training with ``profile``.
+    """Estimated needs for training with `profile` on one GPU.
 
-    GPU memory is what ``memory.estimate`` gives for the profile's own setting on one GPU; for full fine-tuning, for two
-    GPUs that share it with ZeRO-3, both together. Disk space is for the download, with a fifth to spare, and the
-    checkpoints that ``train`` asks room for.
+    GPU memory is what `estimate_memory` gives for the profile's own setting. Disk space is for the download, with a fifth
+    to spare, and the checkpoints that `train` asks room for.
     """
     if profile.needs is not None:
         return profile.needs
     shape = memory.published_shape(profile)
-    sharing = {"gpus": 1} if profile.lora else {"gpus": 2, "zero_stage": 3}
-    each = memory.estimate_memory(profile, memory.setting_of(profile, **sharing), shape).total_gib
-    weights = shape.parameters * 2 / GIB
     return Needs(
         memory_gib=8,
-        gpu_memory_gib=round(each * sharing["gpus"], 1),
-        disk_gib=round(weights * 1.2 + _checkpoint_gib(profile, shape, sharing.get("zero_stage", 0)) + 1),
+        gpu_memory_gib=memory_on_each(profile, 1),
+        disk_gib=round(shape.parameters * 2 / GIB * 1.2 + _checkpoint_gib(profile, shape, 0) + 1),
     )
+
+
+def memory_on_each(profile: Profile, count: int) -> float:
+    """GiB on each of `count` GPUs that train the profile; several share a full fine-tuning with ZeRO-3."""
+    sharing = {"gpus": count, "zero_stage": 3} if count > 1 and profile.lora is None else {}
+    setting = memory.setting_of(profile, **sharing)
+    return round(memory.estimate_memory(profile, setting, memory.published_shape(profile)).total_gib, 1)
 
 
 def require_room(
