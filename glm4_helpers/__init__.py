@@ -54,7 +54,6 @@ _NAMES = {
     "machine.gpus": ("native_bfloat16",),
     "machine.doctor": ("doctor",),
     "machine.memory": ("estimate_memory", "setting_of"),
-    "machine.room": ("needs",),
     "notebook": ("check", "prepare_notebook", "show_table", "write_metrics"),
 }
 
