@@ -175,11 +175,11 @@ def lab(courses, tmp_path_factory):
 def wait_for_address(server: subprocess.Popen, log: Path, seconds: float = 300) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
-        found = re.search(r"http://127\.0\.0\.1:[1-9]\d*", log.read_text())
+        found = re.search(r"http://127\.0\.0\.1:[1-9]\d*", log.read_text(encoding="utf-8"))
         if found:
             return found.group()
         time.sleep(0.3)
-    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text(encoding='utf-8')[-3000:]}")
 
 
 def write_setting(settings: Path, name: str, **values) -> None:
