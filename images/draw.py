@@ -54,7 +54,7 @@ TOP, STEP = 7.2, 0.66
 
 def data_flow() -> Figure:
     """The core in reading order with what flows, the rooms around it, and who opens which room: images/house.json."""
-    house = json.loads((FOLDER / "house.json").read_text(encoding="utf-8"))
+    house = json.loads(Path(__file__).with_name("house.json").read_text(encoding="utf-8"))
     arrows, rooms = house["arrows"], house["rooms"]
     figure, axes = _canvas(10.6, 8.3)
     heights = {module: TOP - STEP * place for place, (module, _) in enumerate(house["core"])}

@@ -295,3 +295,10 @@ def test_every_part_names_its_formula_and_source():
     for name in REAL:
         for part in memory.estimate_memory(get_profile(name)).parts:
             assert part.formula and part.source
+
+
+def test_float32_takes_twice_the_bytes_and_glm_edge_fits_a_t4_in_it():
+    half, full = (memory.estimate_memory(get_profile("glm-edge-1.5b", dtype=name)) for name in ("bfloat16", "float32"))
+    weights = [each.total_gib for each in (half, full)]
+    assert full.parts[0].bytes == 2 * half.parts[0].bytes == 1_593_427_968 * 4
+    assert 1.5 * weights[0] < weights[1] < 14.7

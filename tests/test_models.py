@@ -293,6 +293,23 @@ def test_an_absent_adapter_is_refused(profile, tmp_path):
     refused(profile, tmp_path / "nowhere", "adapter_config.json is absent")
 
 
+def test_an_interrupted_run_offers_its_checkpoints_by_name(profile, tmp_path, monkeypatch):
+    make_adapter(profile, tmp_path / "run" / "checkpoints" / "checkpoint-20")
+    monkeypatch.chdir(tmp_path)
+    for given in ("run", "run/adapter"):
+        refused(profile, tmp_path / given, "no adapter in .*, but there are checkpoints: checkpoint-20")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rank_pattern", {"q_proj": 16}), ("layers_to_transform", [0]), ("modules_to_save", ["lm_head"])],
+)
+def test_options_of_peft_that_are_not_read_are_named(profile, adapter, option, value):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), option: value}))
+    refused(profile, adapter, f"PEFT's {option}, which this course does not read")
+
+
 def test_an_adapter_cut_in_writing_is_refused(profile, adapter):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])

@@ -18,9 +18,10 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import save_model, tiny_glm, tiny_tokenizer, write_only
 
 from glm4_helpers import models
-from glm4_helpers.chat.conversation import Conversation, Speakers, checkpoints, history
+from glm4_helpers.chat.conversation import Conversation, Speakers, history
 from glm4_helpers.chat.terminal import Chat, run_chat
 from glm4_helpers.checks import adapters
+from glm4_helpers.checks.adapters import checkpoints
 from glm4_helpers.data import load_messages
 from glm4_helpers.generation import Sampling
 from glm4_helpers.profiles import get_profile

@@ -6,7 +6,6 @@ The chats in the terminal and in notebooks show it and take the questions; answe
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from ..generation import Sampling, fit_history, stream
 from ..models import adapter_off, gradients_as_found, load_adapter
 from ..profiles import Profile
 from ..support.errors import ModelError, SettingError, renamed_names_ignored
-from ..support.paths import CHECKPOINTS
 
 BASE, TUNED = "base", "fine-tuned"
 
@@ -235,14 +233,3 @@ class Speakers:
                 peft_name = self._peft_names.pop(name)
                 if not self._plain:
                     self._model.delete_adapter(peft_name)
-
-
-def checkpoints(run: Path) -> dict[str, Path]:
-    """The adapters in a run's folder by name, `checkpoint-2` before `checkpoint-10`."""
-    files = [*run.glob("*/adapter_config.json"), *run.glob(f"{CHECKPOINTS}/*/adapter_config.json")]
-    return {folder.name: folder for folder in sorted((file.parent for file in files), key=_natural)}
-
-
-def _natural(folder: Path) -> list[str | int]:
-    """Text and numbers of a name in turn."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", folder.name)]

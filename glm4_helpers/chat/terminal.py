@@ -15,13 +15,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checks.adapters import checkpoints, require_adapter
 from ..checks.weights import base_folder
 from ..generation import Sampling
 from ..models import load_base_model, load_tokenizer
 from ..profiles import Profile
 from ..support.errors import CourseError, ModelError, SettingError
 from ..support.paths import CHECKPOINTS, outputs_dir, shown
-from .conversation import BASE, TUNED, Conversation, Reply, Speakers, Turn, checkpoints
+from .conversation import BASE, TUNED, Conversation, Reply, Speakers, Turn
 
 HELP = """\
 /retry            answer the last message again, with what is set now
@@ -58,7 +59,7 @@ def run_chat(
     if in_terminal and delimiter is not None:
         raise SettingError("--delimiter is for messages from a pipe.", "Leave it out: Alt+Enter breaks the line here.")
     if adapter_dir is not None:
-        _check_adapter_is_there(Path(adapter_dir))
+        require_adapter(Path(adapter_dir))
     tokenizer = load_tokenizer(profile)
     # "auto" is about training speed; answers are to be those that evaluation scores, in float32.
     model = load_base_model(profile, "float32" if profile.dtype == "auto" else None)
@@ -70,17 +71,6 @@ def run_chat(
         chat.use_adapter(Path(adapter_dir))
     chat.run(_typed() if in_terminal else _piped(delimiter))
     return 0
-
-
-def _check_adapter_is_there(folder: Path) -> None:
-    """Raise ModelError where training was interrupted: checkpoints are in the run's folder, but no adapter."""
-    run = folder.parent if folder.name == "adapter" else folder
-    known = {} if (folder / "adapter_config.json").is_file() else checkpoints(run)
-    if known:
-        raise ModelError(
-            f"There is no adapter in {shown(folder)}, but there are checkpoints: {', '.join(known)}.",
-            f"Choose one, as in --adapter {shown(list(known.values())[-1])}, or finish the training.",
-        )
 
 
 @dataclass

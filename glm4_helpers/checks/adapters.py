@@ -20,9 +20,13 @@ from transformers import PreTrainedModel
 from ..profiles import Profile
 from ..support.errors import ModelError
 from ..support.files import write_json
+from ..support.paths import CHECKPOINTS, shown
 from .weights import base_fingerprint, base_folder, check_weights, damage, read_required_json
 
 FACTS_FILE = "base_model_facts.json"
+_UNREAD = ("rank_pattern", "layers_to_transform", "modules_to_save", "target_parameters")
+"""Settings of PEFT's LoraConfig that give an adapter other parts than a profile describes."""
+
 _TRAIN_FIX = "Train it with `python -m glm4_helpers train`, or name the folder of a finished adapter."
 
 
@@ -107,10 +111,34 @@ def _architecture(model: nn.Module) -> str:
     return type(base).__name__
 
 
+def require_adapter(adapter_dir: Path) -> None:
+    """Raise ModelError where an adapter's files are absent; after an interrupted training it names the checkpoints."""
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    absent = [name for name in files if not (adapter_dir / name).is_file()]
+    if not absent:
+        return
+    known = checkpoints(adapter_dir.parent if adapter_dir.name == "adapter" else adapter_dir)
+    if known:
+        raise ModelError(
+            f"There is no adapter in {shown(adapter_dir)}, but there are checkpoints: {', '.join(known)}.",
+            f"Choose one, as in --adapter {shown(list(known.values())[-1])}, or finish the training.",
+        )
+    raise ModelError(f"There is no adapter in {adapter_dir}: {absent[0]} is absent.", _TRAIN_FIX)
+
+
+def checkpoints(run: Path) -> dict[str, Path]:
+    """The adapters in a run's folder by name, `checkpoint-2` before `checkpoint-10`."""
+    files = [*run.glob("*/adapter_config.json"), *run.glob(f"{CHECKPOINTS}/*/adapter_config.json")]
+    return {folder.name: folder for folder in sorted((file.parent for file in files), key=_natural)}
+
+
+def _natural(folder: Path) -> list[str | int]:
+    """Text and numbers of a name in turn."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", folder.name)]
+
+
 def _read_adapter_config(adapter_dir: Path) -> PeftConfig:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter_dir / name).is_file():
-            raise ModelError(f"There is no adapter in {adapter_dir}: {name} is absent.", _TRAIN_FIX)
+    require_adapter(adapter_dir)
     problem = damage(adapter_dir / "adapter_model.safetensors")
     if problem:
         raise ModelError(f"{adapter_dir / 'adapter_model.safetensors'} {problem}.", _TRAIN_FIX)
@@ -118,6 +146,12 @@ def _read_adapter_config(adapter_dir: Path) -> PeftConfig:
     config = PeftConfig.from_pretrained(adapter_dir)
     if getattr(config, "target_modules", None) is None or not hasattr(config, "r"):
         raise ModelError(f"The adapter in {adapter_dir} is not a LoRA adapter.", _TRAIN_FIX)
+    unread = [name for name in _UNREAD if getattr(config, name, None)]
+    if unread:
+        raise ModelError(
+            f"The adapter in {adapter_dir} was made with PEFT's {', '.join(unread)}, which this course does not read.",
+            "Use it with PEFT itself, or train one without.",
+        )
     return config
 
 

@@ -38,7 +38,7 @@ class Setting:
 
     `padding_free` joins a batch's rows to one sequence. `lengths` are then the tokens of the rows there are; empty
     means that all may have `length`. `triton`: TRL's kernels run, as they do on Linux. On the device "cpu" they do not,
-    and there is no CUDA context.
+    and there is no CUDA context. `width` is bytes a number: 2 in bfloat16, 4 in float32.
     """
 
     batch_size: int
@@ -51,6 +51,7 @@ class Setting:
     lengths: tuple[int, ...] = ()
     triton: bool = True
     device: str = "gpu"
+    width: int = COMPUTE_BYTES
 
     @property
     def tokens(self) -> int:
@@ -223,6 +224,7 @@ def setting_of(profile: Profile, **changes: Any) -> Setting:
         training.gradient_checkpointing,
         profile.quantization,
         padding_free=training.padding_free,
+        width=4 if profile.dtype == "float32" else COMPUTE_BYTES,
     )
     setting = dataclasses.replace(own, **{key: value for key, value in changes.items() if value is not None})
     if setting.quantization == "none":
@@ -339,9 +341,9 @@ def _weights(shape: Shape, setting: Setting) -> Iterator[Part]:
     if setting.quantization is None:
         yield Part(
             "weights",
-            shape.parameters * COMPUTE_BYTES // shards,
-            f"{shape.parameters:,} parameters x 2 bytes{_divided(shards)}",
-            "bfloat16; ZeRO-3 divides them (arXiv 1910.02054, section 5.3)",
+            shape.parameters * setting.width // shards,
+            f"{shape.parameters:,} parameters x {setting.width} bytes{_divided(shards)}",
+            "in the profile's dtype; ZeRO-3 divides them (arXiv 1910.02054, section 5.3)",
         )
         return
     yield Part(
@@ -397,8 +399,9 @@ def _activations(shape: Shape, setting: Setting, layer: int) -> Part:
     if setting.gradient_checkpointing:
         return Part(
             "activations",
-            tokens * shape.layers * shape.hidden * COMPUTE_BYTES + ends,
-            f"{tokens:,} tokens x ({shape.layers} layers x {shape.hidden:,} x 2 bytes + {shape.hidden:,} x 8)",
+            tokens * shape.layers * shape.hidden * setting.width + ends,
+            f"{tokens:,} tokens x ({shape.layers} layers x {shape.hidden:,} x {setting.width} bytes "
+            f"+ {shape.hidden:,} x 8)",
             "checkpointing keeps the input of each layer (arXiv 1604.06174); the last norm keeps float32",
         )
     return Part(
@@ -410,26 +413,25 @@ def _activations(shape: Shape, setting: Setting, layer: int) -> Part:
 
 
 def layer_bytes(shape: Shape, profile: Profile, setting: Setting) -> int:
-    """Bytes a token that autograd keeps of one layer with sdpa attention in bfloat16 on a GPU.
+    """Bytes a token that autograd keeps of one layer with sdpa attention on a GPU.
 
-    Counted with torch's saved-tensor hooks on transformers 5.23 and PEFT 0.21, which a test repeats: the norms in
-    float32; q, k, v and the attention's output; its logarithm of sums; gate and up, and the activated gate. A mask
-    costs its bfloat16 copy, and k and v repeated for every head of q (use_gqa_in_sdpa in transformers).
-    LoRA keeps for each target its input, the r values between its matrices and dropout's mask of a byte
-    (native_dropout, which CUDA takes); full fine-tuning the input of every linear module and of the norms' weights.
+    Counted in bfloat16 with torch's saved-tensor hooks on transformers 5.23 and PEFT 0.21, which a test repeats; in
+    float32 all but the norms is taken as twice that. The norms in float32; q, k, v and the attention's output; its
+    logarithm of sums; gate and up, and the activated gate. A mask costs its copy in the dtype, and k and v repeated for
+    every head of q (use_gqa_in_sdpa in transformers). LoRA keeps for each target its input, the r values between its
+    matrices and dropout's mask of a byte (native_dropout, which CUDA takes); full fine-tuning the input of every linear
+    module and of the norms' weights.
     """
     norms = shape.norms * (4 * shape.hidden + 4)
     keys = 2 * (shape.query if setting.masked else shape.key)
-    attention = 2 * (2 * shape.query + keys) + 4 * shape.heads + (2 * setting.sequence if setting.masked else 0)
-    mlp = 6 * shape.intermediate
+    width = setting.width
+    attention = width * (2 * shape.query + keys + (setting.sequence if setting.masked else 0)) + 4 * shape.heads
+    mlp = 3 * width * shape.intermediate
     if profile.lora is None:
-        inputs = 2 * (2 * shape.hidden + shape.query + shape.intermediate) + shape.norms * 2 * shape.hidden
+        inputs = width * ((2 + shape.norms) * shape.hidden + shape.query + shape.intermediate)
         return norms + attention + mlp + inputs
     dropped = 1 if profile.lora.dropout else 0
-    each = (
-        (COMPUTE_BYTES + dropped) * inputs_of(shape, name) + COMPUTE_BYTES * profile.lora.r
-        for name in profile.lora.target_modules
-    )
+    each = ((width + dropped) * inputs_of(shape, name) + width * profile.lora.r for name in profile.lora.target_modules)
     return norms + attention + mlp + sum(each)
 
 
@@ -447,8 +449,9 @@ def _logits(shape: Shape, setting: Setting, profile: Profile) -> Part:
     if setting.triton and setting.device == "gpu":
         return Part(
             "logits",
-            rows * columns * COMPUTE_BYTES + hidden,
-            f"{rows:,} rows x {columns:,} columns x 2 bytes + {tokens:,} x {shape.hidden:,} x 4{of_trained}",
+            rows * columns * setting.width + hidden,
+            f"{rows:,} rows x {columns:,} columns x {setting.width} bytes "
+            f"+ {tokens:,} x {shape.hidden:,} x 4{of_trained}",
             "a tile of logits and the float32 gradient of the hidden states (TRL 1.16)",
         )
     tile, weights = rows * columns * (COMPUTE_BYTES + 7 * 4 + 1), columns * shape.hidden * 4 + rows * columns * 6
@@ -482,7 +485,7 @@ def _working(shape: Shape, setting: Setting, layer: int, logits: int) -> Part:
     """
     tokens = setting.tokens
     again = layer if setting.gradient_checkpointing else 0
-    passing = 2 * 3 * shape.intermediate + 4 * shape.hidden
+    passing = setting.width * (3 * shape.intermediate + 2 * shape.hidden)
     largest = 2 * shape.hidden * shape.intermediate * COMPUTE_BYTES if setting.quantization else 0
     gathered = min(LIVE_PARAMETERS, shape.parameters) * COMPUTE_BYTES if setting.zero_stage == 3 else 0
     return Part(

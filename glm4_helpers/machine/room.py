@@ -21,8 +21,8 @@ from . import gpus, hardware, memory
 def needs(profile: Profile) -> Needs:
     """Estimated needs for training with `profile` on one GPU.
 
-    GPU memory is what `estimate_memory` gives for the profile's own setting. Disk space is for the download, with a fifth
-    to spare, and the checkpoints that `train` asks room for.
+    GPU memory is what `estimate_memory` gives for the profile's own setting. Disk space is for the download, with a
+    fifth to spare, and the checkpoints that `train` asks room for.
     """
     if profile.needs is not None:
         return profile.needs
