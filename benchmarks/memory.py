@@ -9,6 +9,7 @@ Results are kept by case, so that a large one can be measured alone, when the ma
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -93,11 +94,13 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main(cases: list[str]) -> int:
+def main() -> int:
     """Measure the cases and keep what was measured before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: {' '.join(CASES)}")
     file = HERE / "memory.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for case in cases or CASES:
+    for case in parser.parse_args().cases or CASES:
         try:
             results[case] = measure(case)
         except CourseError as error:
@@ -109,4 +112,4 @@ def main(cases: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

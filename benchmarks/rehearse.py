@@ -28,8 +28,8 @@ from glm4_helpers.cli.main import main as run_command
 from glm4_helpers.machine import memory
 from glm4_helpers.machine.hardware import this_machine
 from glm4_helpers.profiles import Profile, get_profile, profile_settings
-from glm4_helpers.support.errors import CourseError, MachineError, SettingError
-from glm4_helpers.support.files import GIB
+from glm4_helpers.support.errors import CourseError, SettingError
+from glm4_helpers.support.files import GIB, require_disk
 from glm4_helpers.support.paths import outputs_dir
 
 EXAMPLES = """\
@@ -497,14 +497,9 @@ def _check_folder(folder: Path) -> None:
 
 def check_disk(folder: Path, profile: Profile, config: Any) -> None:
     """The base model; without LoRA also two checkpoints with AdamW's two states, and the trained model."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     copies = 1 if profile.lora else 1 + 2 * 3 + 1
-    needed, free = memory.shape_of(config).parameters * 2 * 1.05 * copies + GIB, shutil.disk_usage(existing).free
-    if needed > free:
-        raise MachineError(
-            f"The rehearsal needs {needed / GIB:.1f} GiB of disk space; {free / GIB:.1f} GiB are free in {existing}.",
-            "Free some space, or rehearse fewer layers (--layers 2).",
-        )
+    needed = memory.shape_of(config).parameters * 2 * 1.05 * copies + GIB
+    require_disk(folder, needed, "The rehearsal", "Free some space, or rehearse fewer layers (--layers 2).")
 
 
 def format_stages(stages: list[Stage]) -> str:

@@ -1,7 +1,7 @@
 """Before/after scores on held-out rows: right answers with intervals, stop rate, loss, and what the base still knows.
 
 Rows with a check have answers that are right or wrong; free text is judged by loss, stop rate and exact match. Answers
-come from generation.py; figures are drawn in plots.py. Nothing here trains or chooses anything.
+come from generation; figures are drawn in plots. Nothing here trains or chooses anything.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _answers_by_limit(
 ) -> list[Answer]:
     """Answers in order, a batch to rows of one limit and like length.
 
-    Where a row has a check and short right answers, its limit is 64 tokens, so that a base model, which goes on for a
+    Where a row has a check and short right answers, its limit is 64 tokens, so that a base model, which writes for a
     hundred or more, does not cost minutes: no right answer comes near it. Stop rates are within the limit.
     """
     limits = []

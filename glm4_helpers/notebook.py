@@ -75,8 +75,8 @@ def prepare_notebook() -> None:
     """Use one GPU of several, show the course's own errors with their fix, and hide messages nobody can act on.
 
     Loading bars go, the trainer's progress stays. Errors and warnings of the libraries stay too, but for these:
-    bitsandbytes on a kernel that no CPU profile uses, DeepSpeed on a CPU that it finds no GPU beside, and PEFT 0.21 and
-    TRL 1.16 using a name that transformers 5.23 has changed. Raises SettingError after `environment.use_one_gpu`.
+    bitsandbytes on a kernel that no CPU profile uses, DeepSpeed on a machine without a GPU, and PEFT 0.21 and
+    TRL 1.16 using a name that transformers 5.23 has changed. Raises SettingError as `use_one_gpu` does.
     """
     import datasets
     import transformers

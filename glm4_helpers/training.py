@@ -231,7 +231,7 @@ def _out_of_memory(profile: Profile, rows: _Rows, work: Path) -> MachineError:
     smaller = f"try {memory.describe(near)}, in another folder (--output)" if near else "take a smaller profile"
     return MachineError(
         f"The GPU has run out of memory for {profile.name} with {memory.describe(setting)}.",
-        "Close what else uses the GPU and run it again: it goes on from the newest checkpoint in "
+        "Close what else uses the GPU and run it again: it resumes from the newest checkpoint in "
         f"{shown(work)}. Or {smaller}.",
     )
 

@@ -1,6 +1,6 @@
 """The files of data/: what world, rows and text make, written down with their digests.
 
-Reading them back belongs to datasets.py and evaluation.py.
+They are read back in data and held_out.
 """
 
 from __future__ import annotations

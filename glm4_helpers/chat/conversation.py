@@ -110,7 +110,7 @@ class Conversation:
     def save(self, file: Path, speaker: str, **about: Any) -> int:
         """Write what `speaker` knows of the conversation to a new file of training rows; gives the number of messages.
 
-        `about` is written beside the messages. Raises SettingError where there is nothing to save or the file can't
+        `about` is written next to the messages. Raises SettingError where there is nothing to save or the file can't
         be written; a file that is there already is never overwritten.
         """
         messages = history(self.turns, speaker, self.system)

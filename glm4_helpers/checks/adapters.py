@@ -31,7 +31,7 @@ _TRAIN_FIX = "Train it with `python -m glm4_helpers train`, or name the folder o
 
 
 def save_adapter_facts(adapter_dir: Path, profile: Profile) -> dict[str, Any]:
-    """Write beside an adapter which base model it belongs to (FACTS_FILE); `load_adapter` compares. Returns the facts.
+    """Write next to an adapter which base model it belongs to (FACTS_FILE); `load_adapter` compares. Returns the facts.
 
     Raises ModelError where the base model's weights are absent.
     """

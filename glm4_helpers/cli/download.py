@@ -16,7 +16,7 @@ from pathlib import Path
 from ..checks.weights import read_required_json
 from ..profiles import Profile, get_profile, profile_names
 from ..support.errors import CourseError, MachineError, ModelError, SettingError, first_line
-from ..support.files import GIB, read_json
+from ..support.files import GIB, read_json, require_disk
 from ..support.paths import home
 
 SOURCES = ("huggingface", "modelscope")
@@ -111,15 +111,9 @@ def verify(folder: Path, profile: Profile) -> None:
 
 def check_disk(folder: Path, files: Sequence[RemoteFile]) -> None:
     """Raise MachineError unless what is still missing fits on the disk, with SPARE_BYTES left over."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     missing = sum(file.size for file in files if not _is_whole(folder / file.name, file.size))
-    free = shutil.disk_usage(existing).free
-    if missing + SPARE_BYTES > free:
-        raise MachineError(
-            f"The download needs {(missing + SPARE_BYTES) / GIB:.1f} GiB of disk space; {free / GIB:.1f} GiB are free "
-            f"in {existing}.",
-            "Free some space, or clone the course onto a larger disk (GLM4_HOME may name it).",
-        )
+    fix = "Free some space, or clone the course onto a larger disk (GLM4_HOME may name it)."
+    require_disk(folder, missing + SPARE_BYTES, "The download", fix)
 
 
 def remote_files(repository: str, source: str, endpoint: str | None = None) -> list[RemoteFile]:

@@ -23,13 +23,13 @@ from .. import chat_format, models
 from ..checks import adapters, chat_template, shapes, weights
 from ..machine import gpus
 from ..profiles import Profile
-from ..support.errors import MachineError, ModelError
-from ..support.files import GIB, read_json, write_json
+from ..support.errors import ModelError
+from ..support.files import GIB, read_json, require_disk, write_json
 from ..support.paths import share_weights
 
 CERTIFICATE_FILE = "certificate.json"
 ANSWER_TOKENS = 8
-"""How many tokens of each answer are compared, beside the newline that starts it."""
+"""How many tokens of each answer are compared, besides the newline that starts it."""
 LEAST_AGREEMENT = 0.9
 """The least share of next tokens that have to be the same with the adapter and in the exported model.
 
@@ -125,7 +125,8 @@ def export(profile: Profile, adapter_dir: Path, output: Path) -> Certificate:
     if output.exists():
         raise ModelError(f"{output} exists already; nothing was overwritten.", "Choose another folder or move it away.")
     _check_parts(profile, adapter_dir)
-    _check_disk(output, profile)
+    size = sum(file.stat().st_size for file in weights.weight_files(weights.base_folder(profile), profile))
+    require_disk(output, size * 1.05, "The export", "Free some space, or give a folder on another disk with --output.")
     staging = output.with_name(f".{output.name}-unfinished")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -274,17 +275,6 @@ def _check_parts(profile: Profile, adapter_dir: Path) -> None:
     adapters.check_adapter(shapes.meta_model(profile), adapter_dir, profile)
 
 
-def _check_disk(output: Path, profile: Profile) -> None:
-    existing = next(parent for parent in output.resolve().parents if parent.exists())
-    needed = sum(file.stat().st_size for file in weights.weight_files(weights.base_folder(profile), profile))
-    free = shutil.disk_usage(existing).free
-    if needed * 1.05 > free:
-        raise MachineError(
-            f"The export needs {needed / GIB:.1f} GiB of disk space; {free / GIB:.1f} GiB are free in {existing}.",
-            "Free some space, or give a folder on another disk with --output.",
-        )
-
-
 # Files that other tools read
 
 
@@ -340,7 +330,7 @@ def _card(profile: Profile, name: str, certificate: Certificate) -> str:
 ## Which tools read it
 
 Tried on glm4-nano, with the same answers: {TRIED}. vLLM and llama.cpp were not run. config.json holds the names that
-llama.cpp's converter asks for (read in its source), beside those of transformers.
+llama.cpp's converter asks for (read in its source), besides those of transformers.
 
 ## Serving
 

@@ -24,7 +24,7 @@ COMMANDS = ("doctor", "download", "memory", "train", "evaluate", "chat", "export
 
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers doctor           is this machine enough, and for which model?
+  python -m glm4_helpers doctor           which profiles can this machine train?
   python -m glm4_helpers train            fine-tune glm4-nano on the CPU
   python -m glm4_helpers evaluate         scores before and after, on rows never trained on
   python -m glm4_helpers COMMAND --help   the options of a command, with examples
@@ -33,7 +33,7 @@ profiles, one model with its data and settings each; --profile NAME goes after t
 {profiles}
 
 The base model is the one before fine-tuning; the adapter is the small set of weights that LoRA
-trains beside it."""
+trains in addition."""
 
 
 def profile_lines() -> str:
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (a check failed), 2 (an error to mend) or 130 (Ctrl-C).
+    """Run one command and return its exit status: 0, 1 (a check failed), 2 (an error to fix) or 130 (Ctrl-C).
 
     ``parser`` None takes the course's own commands; each command of another one sets ``run``, too.
     """

@@ -1,6 +1,6 @@
 """What this machine is, which of its GPUs a process uses, and whether it is enough for a profile: the doctor.
 
-Nothing is installed or downloaded. How much memory a profile takes is worked out in memory.py.
+Nothing is installed or downloaded. How much memory a profile takes is worked out in memory.
 Light to import; torch is imported when the GPU is asked for.
 """
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..profiles import Needs, Profile
-from ..support.errors import MachineError
-from ..support.files import GIB
+from ..support.files import GIB, require_disk
 from ..support.paths import CHECKPOINTS
 from . import gpus, hardware, memory
 
@@ -49,17 +48,16 @@ def require_room(
     from ..checks.shapes import model_config
 
     on_gpu = gpus.default_device().type == "cuda"
-    here = hardware.this_machine(next(parent for parent in (folder, *folder.parents) if parent.exists()))
+    here = hardware.this_machine()
     shape = memory.shape_of(model_config(profile))
-    disk = _checkpoint_gib(profile, shape, zero_stage)
     # Those of an interrupted run make room as new ones come.
-    there = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file()) / GIB
-    if disk > here.disk_free_gib + there:
-        raise MachineError(
-            f"The checkpoints of {profile.name} need about {disk:.1f} GiB; "
-            f"{here.disk_free_gib:.1f} GiB are free for {folder}.",
-            "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
-        )
+    there = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
+    require_disk(
+        folder,
+        _checkpoint_gib(profile, shape, zero_stage) * GIB - there,
+        f"A training with checkpoints of {profile.name}",
+        "Free some space, give another folder (--output), or lower training.evaluations_per_run.",
+    )
     setting = memory.setting_of(
         profile,
         length=max(lengths),

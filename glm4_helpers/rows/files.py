@@ -1,6 +1,6 @@
 """Rows from files, folders and hubs, read by what a file holds and not by its name; each keeps its place for messages.
 
-What the columns of a row mean is decided in row_shapes. Nothing here knows about messages, models or profiles.
+What the columns of a row mean is decided in shapes. Nothing here knows about messages, models or profiles.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the columns of a row mean: one table of shapes, each a small function from a row to messages.
 
-Rows come from row_files; messages go to chat_format. A reader takes out of the row what it uses, so what is left over
+Rows come from files; messages go to chat_format. A reader takes out of the row what it uses, so what is left over
 was ignored, and is reported. Errors begin in lower case: the place of the row goes in front.
 """
 
@@ -16,7 +16,7 @@ from ..support.errors import DataError, SettingError
 Message = dict[str, Any]
 
 KEPT_COLUMNS = ("id", "kind", "check")
-"""Columns of the course's own rows that stay beside ``messages``."""
+"""Columns of the course's own rows that are kept next to ``messages``."""
 
 CALL = "call"
 ROLES = {

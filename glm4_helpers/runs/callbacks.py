@@ -1,4 +1,4 @@
-"""What happens beside the training steps: answers at checkpoints, a stop at NaN, progress on the screen.
+"""What happens between the training steps: answers at checkpoints, a stop at NaN, progress on the screen.
 
 Each is a stock TrainerCallback; the trainer itself is put together in training.
 """

@@ -27,8 +27,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 def run_facts(profile: Profile, train: Dataset, dev: Dataset | None) -> dict[str, Any]:
-    """All that decides what training gives. On a CPU equal facts give an equal adapter, to the byte; on a GPU the
-    backward pass of attention adds in varying order, so that only the last digits differ."""
+    """All that decides what training gives. On a CPU with the same number of threads equal facts give an equal adapter,
+    to the byte. Another number of threads adds in another order, and so does each run on a GPU in attention's backward
+    pass: the last digits differ then, and after a whole training a few answers."""
     return {
         "profile": profile_settings(profile),
         "data": {"train": fingerprint(train), "dev": fingerprint(dev) if dev else None},

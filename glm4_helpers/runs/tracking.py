@@ -37,7 +37,7 @@ class TrackedRun:
     folder: str | None
 
     def settings(self) -> dict[str, Any]:
-        """For a JSON file, to be given to `start_run` as `earlier` when the run goes on."""
+        """For a JSON file, to be given to `start_run` as `earlier` when the run is resumed."""
         return asdict(self)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import CourseError, SettingError
 
 CHECKPOINTS = "checkpoints"
-"""The folder of a run's checkpoints, beside its adapter."""
+"""The folder of a run's checkpoints, next to its adapter."""
 RUN_FILE, TRAINING_FILE = "run.json", "training.json"
 """What a run was made from: in the folder of its checkpoints, and with its figures in that of the finished adapter."""
 

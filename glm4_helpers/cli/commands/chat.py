@@ -1,4 +1,4 @@
-"""``chat``: the options; the conversation itself is in terminal_chat.py."""
+"""``chat``: the options; the conversation itself is in chat.terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``doctor``: is this machine enough for a profile?"""
+"""``doctor``: which profiles can this machine train?"""
 
 from __future__ import annotations
 

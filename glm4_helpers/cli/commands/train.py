@@ -12,7 +12,7 @@ HELP = "fine-tune the base model and keep the adapter"
 EXAMPLES = """\
 examples:
   python -m glm4_helpers train                              glm4-nano, some minutes on a CPU
-  python -m glm4_helpers train                              again: goes on, or says that it is done
+  python -m glm4_helpers train                              again: resumes, or says that it is done
   python -m glm4_helpers train --force                      from the start, whatever is there
   python -m glm4_helpers train --profile glm-4-9b-lora --set training.epochs=0.02 --output outputs/try
                                                             how long will it take?
@@ -26,7 +26,7 @@ themselves, which is then not trained on: a tenth (glm4-nano; 5 % with the other
 --set dev_fraction=0.2. Where that would be fewer than four rows, all are trained on and the last
 step is kept. --set dev_data=FILE judges by other rows, --set dev_data=null by none.
 
-A run that was interrupted goes on from its newest checkpoint, also where its folder was moved to
+A run that was interrupted resumes from its newest checkpoint, also where its folder was moved to
 another place or machine: give the folder as --output.
 
 Where a finished adapter belongs to these settings, rows, base model and package versions, it is
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="train from the start even if a finished adapter is there; its checkpoints go",
+        help="train from the start even if a finished adapter is there; deletes its checkpoints",
     )
     parser.add_argument(
         "--no-resume",
