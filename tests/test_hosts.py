@@ -17,12 +17,12 @@ from test_notebooks import execute, printed, small_course  # noqa: F401
 from glm4_helpers import models, notebook, training
 from glm4_helpers.cli import main as command_line
 from glm4_helpers.machine import doctor, gpus, hardware
-from glm4_helpers.profiles import get_profile
+from glm4_helpers.profiles import get_profile, profile_names
 from glm4_helpers.support.errors import MachineError, SettingError
 
 ROOT = Path(__file__).parent.parent
 PIP = "python -m pip install torch==2.13.0"
-LARGE = ("glm-edge-1.5b", "glm-4-9b-qlora", "glm-4-9b-lora", "glm-4-9b-0414", "glm-4-9b-full")
+LARGE = [name for name in profile_names() if get_profile(name).shape]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The memory arithmetic: against built models, against what autograd keeps, and in what it refuses."""
 
+import dataclasses
 import json
 import random
 import types
@@ -12,12 +13,12 @@ from glm4_helpers.checks import shapes
 from glm4_helpers.cli.main import main
 from glm4_helpers.cli.settings import settings_from_yaml
 from glm4_helpers.machine import gpus, memory, room
-from glm4_helpers.profiles import get_profile
+from glm4_helpers.profiles import get_profile, profile_names
 from glm4_helpers.support.errors import MachineError, ModelError, SettingError
 
 ROOT = Path(__file__).parent.parent
 
-REAL = ("glm-4-9b-lora", "glm-4-9b-0414", "glm-edge-1.5b", "glm-4-9b-full")
+REAL = tuple(name for name in profile_names() if get_profile(name).shape)
 
 
 @pytest.fixture(autouse=True)
@@ -302,3 +303,10 @@ def test_float32_takes_twice_the_bytes_and_glm_edge_fits_a_t4_in_it():
     weights = [each.total_gib for each in (half, full)]
     assert full.parts[0].bytes == 2 * half.parts[0].bytes == 1_593_427_968 * 4
     assert 1.5 * weights[0] < weights[1] < 14.7
+
+
+def test_a_shape_that_lacks_something_is_named():
+    profile = get_profile("glm-edge-1.5b")
+    without = {key: value for key, value in profile.shape.items() if key != "num_key_value_heads"}
+    with pytest.raises(ModelError, match="shape of glm-edge-1.5b lacks num_key_value_heads"):
+        memory.published_shape(dataclasses.replace(profile, shape=without))

@@ -205,11 +205,17 @@ def shape_of(config: Any) -> Shape:
 def published_shape(profile: Profile) -> Shape:
     """The shape that the profile's model was published with, for a look at needs without loading any library.
 
-    Raises ModelError for a profile without one.
+    Raises ModelError for a profile without one, or with one that lacks something.
     """
     if profile.shape is None:
         raise ModelError(f"The shape of {profile.name} is not known here.", "Give its profile a shape in profiles.py.")
-    return shape_of(SimpleNamespace(**profile.shape))
+    try:
+        return shape_of(SimpleNamespace(**profile.shape))
+    except AttributeError as error:
+        raise ModelError(
+            f"The shape of {profile.name} lacks {error.name}.",
+            "Add it in profiles.py; its name is that in config.json.",
+        ) from None
 
 
 def setting_of(profile: Profile, **changes: Any) -> Setting:
