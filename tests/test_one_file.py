@@ -125,9 +125,8 @@ def test_trains_with_the_profile_settings_and_prints_the_comparison(tmp_path):
             rows = read_rows(ROOT / "data" / "test" / f"{name}.json")
             rows = rows[:: len(rows) // 12][:12]
             given = [Answer(answer["text"], answer["stopped"], 0) for answer in answers[side][name]]
-            right = evaluation.accuracy(map(evaluation.is_right, rows, given))
-            printed = f"{right.accuracy:.1%} [{right.low:.1%}, {right.high:.1%}"
-            assert line.removeprefix(name).split("]")[column].strip() == printed
+            right = evaluation.Rate.of(map(evaluation.is_right, rows, given))
+            assert f"{line.removeprefix(name).split(']')[column].strip()}]" == str(right)
     adapter = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
     wanted = lora_config(get_profile("glm4-nano"))
     for setting in ("r", "lora_alpha", "lora_dropout"):
