@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
@@ -80,6 +81,25 @@ class Answer:
     token_count: int
 
 
+@dataclass
+class Past:
+    """What a model computed for the tokens `ids` of a conversation, so that its next answer need not do it again."""
+
+    ids: list[int] = field(default_factory=list)
+    cache: DynamicCache = field(default_factory=DynamicCache)
+
+    def up_to(self, prompt: Sequence[int]) -> DynamicCache:
+        """The keys and values of the tokens with which `prompt` begins, too; at least its last token is left over."""
+        pairs = enumerate(zip(self.ids, prompt[:-1]))
+        common = next((place for place, (old, new) in pairs if old != new), min(len(self.ids), len(prompt) - 1))
+        if not common:
+            self.cache = DynamicCache()
+        elif common < len(self.ids):
+            self.cache.crop(common - len(self.ids))
+        self.ids = self.ids[:common]
+        return self.cache
+
+
 def answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -135,16 +155,18 @@ def stream(
     max_new_tokens: int | None = None,
     sampling: Sampling = Sampling(),
     stop_event: Event | None = None,
+    past: Past | None = None,
 ) -> Generator[str, None, Answer]:
     """The pieces of one answer as they are generated; joined they are the text that `answers` gives.
 
     The generator returns the Answer: the one that `answers` gives, or what there was when it was stopped. The model
     runs in another thread. Setting `stop_event` from any thread ends the answer at the next token, and so does closing
-    the iterator. The thread ends with the iterator, which raises the thread's errors. Settings and messages are checked
+    the iterator. The thread ends with the iterator, which raises the thread's errors. `past` of the same conversation
+    and model saves the time for its earlier tokens, and is brought up to this answer. Settings and messages are checked
     at the call, before the first piece; they raise what `answers` raises.
     """
     sampling = sampling if max_new_tokens is None else replace(sampling, max_new_tokens=max_new_tokens)
-    return _stream(model, tokenizer, prompt_ids(tokenizer, messages), sampling, stop_event)
+    return _stream(model, tokenizer, prompt_ids(tokenizer, messages), sampling, stop_event, past or Past())
 
 
 def fit_history(
@@ -300,6 +322,7 @@ def _stream(
     prompt: list[int],
     sampling: Sampling,
     stop_event: Event | None,
+    past: Past,
 ) -> Generator[str, None, Answer]:
     queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
     closed, stops = Event(), stop_ids(tokenizer)
@@ -309,7 +332,10 @@ def _stream(
     def work() -> None:
         try:
             with _answering(model, sampling.seed):
-                _generate(model, tokenizer, [prompt], sampling, stops, stopping_criteria=criteria)
+                options = {"stopping_criteria": criteria, "past_key_values": past.up_to(prompt)}
+                past.ids = []  # an error leaves a cache of unknown length
+                new = _generate(model, tokenizer, [prompt], sampling, stops, **options)
+                past.ids = prompt + new[0].tolist()[:-1]  # the last token was never read
             queue.put(None)
         except BaseException as error:  # raised for the consumer below
             queue.put(error)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from glm4_helpers.chat_format import prompt_ids
 from glm4_helpers.checks.chat_template import stop_ids
-from glm4_helpers.generation import Answer, Sampling, _pieces, answers, continuations, fit_history, stream
+from glm4_helpers.generation import Answer, Past, Sampling, _pieces, answers, continuations, fit_history, stream
 from glm4_helpers.support.errors import DataError, SettingError
 from nano.tokenizer import glm4_tokenizer
 
@@ -217,6 +217,26 @@ def test_streamed_pieces_join_to_the_answer(model, tokenizer):
         assert answer == answers(model, tokenizer, [messages], 24)[0]
         assert "".join(pieces) == answer.text
         assert all(pieces)
+
+
+def test_of_a_conversation_only_what_is_new_is_computed(rambling, tokenizer):
+    past, read = Past(), []
+    watched = rambling.register_forward_pre_hook(
+        lambda module, arguments, options: read.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    messages, lengths = user("你好"), []
+    for question in ("苹果", "香蕉", None):
+        del read[:]
+        text = "".join(stream(rambling, tokenizer, messages, 8, past=past))
+        assert text == answers(rambling, tokenizer, [messages], 8)[0].text
+        lengths.append((read[0], len(prompt_ids(tokenizer, messages))))
+        messages = [*messages, {"role": "assistant", "content": text}, *user(question)]
+    watched.remove()
+    assert lengths[0][0] == lengths[0][1]
+    # The format's newline was not this model's, so its answers are read again; the prompts before them are not.
+    assert all(new == whole - before for (new, whole), (_, before) in zip(lengths[1:], lengths))
+    for other in (user("你好香蕉"), user("西瓜")):
+        assert "".join(stream(rambling, tokenizer, other, 8, past=past)) == answers(rambling, tokenizer, [other], 8)[0].text
 
 
 def test_characters_of_several_bytes_are_never_shown_in_part(model, tokenizer, monkeypatch):

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checks.adapters import check_adapter
-from ..generation import Sampling, fit_history, stream
+from ..generation import Past, Sampling, fit_history, stream
 from ..models import adapter_off, gradients_as_found, load_adapter
 from ..profiles import Profile
 from ..support.errors import ModelError, SettingError, renamed_names_ignored
@@ -76,6 +76,8 @@ class Conversation:
     system: str = ""
     turns: list[Turn] = field(default_factory=list)
     dropped: int = 0
+    pasts: dict[str | None, Past] = field(default_factory=dict, repr=False)
+    """By adapter, what was computed for the turns so far."""
 
     def __post_init__(self) -> None:
         positions = self.speakers.positions
@@ -100,7 +102,8 @@ class Conversation:
 
     def _pieces(self, reply: Reply, messages: list[Any], stop: threading.Event | None) -> Generator[str, None, None]:
         with self.speakers.speaking(reply.adapter) as model:
-            answer = yield from stream(model, self.tokenizer, messages, sampling=self.sampling, stop_event=stop)
+            past = self.pasts.setdefault(reply.adapter, Past())
+            answer = yield from stream(model, self.tokenizer, messages, None, self.sampling, stop, past)
         reply.text = answer.text
         if answer.stopped:
             reply.state = "done" if answer.text else "empty"
