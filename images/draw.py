@@ -1,4 +1,4 @@
-"""Draws the figures of the course that are not measured: data flow, chat format and LoRA.
+"""Draws the figures of the course that are not measured: data flow, chat format, LoRA and a layer.
 
     python images/draw.py
 
@@ -168,7 +168,58 @@ def lora() -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {"data_flow": data_flow, "chat_format": chat_format, "lora": lora}
+BRANCHES = (
+    (
+        0.75,
+        (
+            ("RMSNorm", "scaled to\none size", BEFORE),
+            ("q, k, v_proj", "4096 → 4096\n+ 2 × 256", ACCENT),
+            ("attention", "rotary, 32 heads,\nsees earlier tokens", AFTER),
+            ("o_proj", "4096 → 4096", BEFORE),
+        ),
+    ),
+    (
+        5.85,
+        (
+            ("RMSNorm", "scaled to\none size", BEFORE),
+            ("gate_up_proj", "4096 → 2 × 13696", BEFORE),
+            ("SiLU(gate) × up", "13696 numbers", AFTER),
+            ("down_proj", "13696 → 4096", BEFORE),
+        ),
+    ),
+)
+"""Left edge of each branch off the residual stream, then its steps: name, sizes in GLM-4-9B and colour."""
+
+
+def layer() -> Figure:
+    """One layer of GLM-4-9B: two branches read the residual stream, and what they compute is added to it."""
+    figure, axes = _canvas(10.6, 4.3)
+    axes.plot([0.2, 10.2], [0.75] * 2, color=GREEN, linewidth=5, solid_capstyle="butt")
+    _arrow(axes, (10.1, 0.75), (10.5, 0.75), GREEN)
+    _note(axes, 0.2, 0.42, "residual stream: 4096 numbers a token, from the embedding through all 40 layers to lm_head")
+    _note(axes, 0.2, 0.15, "orange: where the published recipe puts LoRA; gate_up_proj holds what others call gate_proj, up_proj", 8)
+    for left, steps in BRANCHES:
+        for place, (name, size, colour) in enumerate(steps):
+            bottom = (1.35, 2.75)[place in (1, 2)]
+            column = left + (0.0, 0.0, 2.3, 2.3)[place]
+            _box(axes, column, bottom, 1.75, 0.95, f"{name}\n{size}", colour, size=8.5)
+        middle, end = left + 0.875, left + 3.175
+        _arrow(axes, (middle, 0.78), (middle, 1.35))
+        _arrow(axes, (middle, 2.3), (middle, 2.75))
+        _arrow(axes, (left + 1.75, 3.22), (left + 2.3, 3.22))
+        _arrow(axes, (end, 2.75), (end, 2.3))
+        _arrow(axes, (end, 1.35), (end, 0.95))
+        _box(axes, end - 0.18, 0.57, 0.36, 0.36, "+", GREEN, size=13)
+        _note(axes, left, 4.0, ("self_attn: tokens exchange" if left < 3 else "mlp: each token for itself"), 9)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "data_flow": data_flow,
+    "chat_format": chat_format,
+    "lora": lora,
+    "layer": layer,
+}
 
 
 def main() -> None:
