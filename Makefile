@@ -1,5 +1,5 @@
 # Every target first makes .venv and installs the course into it, once; then it goes.
-#   make course     run the five notebooks (copies, in outputs/) and print the scores before and after
+#   make course     run the six notebooks (copies, in outputs/) and print the scores before and after
 #   make test       every test, the slow ones too
 #   make lint       check style and format with ruff
 #   make lab        JupyterLab on the notebooks

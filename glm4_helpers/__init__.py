@@ -48,6 +48,8 @@ _NAMES = {
         "loss_figure",
         "memory_figure",
         "parameter_figure",
+        "surprise_figure",
+        "sweep_figure",
     ),
     "widgets": ("chat_box", "token_boxes", "token_view", "token_view_figure"),
     "machine.hardware": ("this_machine",),

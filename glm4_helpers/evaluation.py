@@ -173,7 +173,7 @@ def _is_list_of(check: Mapping[str, Any], given: str) -> bool:
 
 
 def is_right(row: Mapping[str, Any], answer: Answer) -> bool:
-    """A right answer passes the row's check as a whole and ended with a stop id within the limit. Shown in 05, 5.1."""
+    """A right answer passes the row's check as a whole and ended with a stop id within the limit. Shown in 06, 6.1."""
     return answer.stopped and check_answer(row["check"], answer.text)
 
 
@@ -313,7 +313,7 @@ def score_as_text(
 
     A system prompt comes first, then turns of 问： and 答：. An answer ends with its line, one of several lines where
     the next 问： begins, and is judged by the row's check. Returns {"sets": {name: {"accuracy", "answers"}}}, each of
-    the answers with "answer" and "right". Shown in 05, 5.1.
+    the answers with "answer" and "right". Shown in 06, 6.1.
     """
     sets = {}
     for name, rows in held_out.items():

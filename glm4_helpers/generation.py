@@ -73,7 +73,7 @@ class Sampling:
 class Answer:
     """An answer's text without its leading newline and stop token, whether a stop id ended it, and its token count.
 
-    Shown in 05, 5.1.
+    Shown in 06, 6.1.
     """
 
     text: str

@@ -137,7 +137,7 @@ def _held_out_messages(profile: Profile) -> list[list[dict[str, str]]]:
 def training_overlap(profile: Profile, held_out: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
     """How many held-out rows ask a question of a training row; None where the training rows are only on a hub.
 
-    Shown in 05, 5.1.
+    Shown in 06, 6.1.
     """
     sources = [profile.train_data] if isinstance(profile.train_data, str) else profile.train_data
     if not all(isinstance(data_source(each), Path) or local_copy(each).exists() for each in sources):

@@ -199,6 +199,19 @@ def kinds_figure(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@_figure
+def surprise_figure(tokens: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Figure:
+    """How unexpected each token of one answer is to both models: -ln of its probability, in nats."""
+    figure, axis = new_figure(max(5.0, 1.5 + 0.45 * len(tokens)), 3.2)
+    for offset, values, colour, label in ((-0.2, before, BEFORE, "before"), (0.2, after, AFTER, "after")):
+        axis.bar([place + offset for place in range(len(tokens))], values, 0.4, color=colour, label=label)
+    axis.set_xticks(range(len(tokens)), tokens)
+    axis.set_ylabel("surprise (nats)")
+    axis.grid(axis="y")
+    axis.legend(loc="upper right")
+    return figure
+
+
 def _right_by_kind(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The fraction of right answers of each kind, over all sets."""
     right, total = Counter(), Counter()
@@ -285,6 +298,28 @@ def loss_figure(
     axis.grid(axis="y")
     if train or points:
         axis.legend(loc="upper right")
+    return figure
+
+
+@_figure
+def sweep_figure(runs: Sequence[Mapping[str, Any]], setting: str) -> Figure:
+    """Right answers with 95 % intervals, and facts still known, over one setting on a log axis.
+
+    Each of the runs has the setting, and `right` and `knows`, two `evaluation.Rate`. Shown in 05, 5.4.
+    """
+    figure, axis = new_figure(7.5, 3.4)
+    places = [run[setting] for run in runs]
+    for name, colour, label in (("right", AFTER, "right answers, dev rows"), ("knows", BEFORE, "facts still known")):
+        axis.plot(places, [100 * run[name].value for run in runs], "o-", color=colour, label=label)
+        axis.vlines(places, *([100 * run[name].interval[end] for run in runs] for end in (0, 1)), color=colour)
+    axis.set_xscale("log")
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
+    axis.set_xlabel(setting)
+    axis.set_ylabel("%")
+    axis.set_ylim(0, 105)
+    axis.grid(axis="y")
+    axis.legend(loc="lower right")
     return figure
 
 

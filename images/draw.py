@@ -197,7 +197,9 @@ def layer() -> Figure:
     axes.plot([0.2, 10.2], [0.75] * 2, color=GREEN, linewidth=5, solid_capstyle="butt")
     _arrow(axes, (10.1, 0.75), (10.5, 0.75), GREEN)
     _note(axes, 0.2, 0.42, "residual stream: 4096 numbers a token, from the embedding through all 40 layers to lm_head")
-    _note(axes, 0.2, 0.15, "orange: where the published recipe puts LoRA; gate_up_proj holds what others call gate_proj, up_proj", 8)
+    _note(
+        axes, 0.2, 0.15, "orange: where the SwanLab tutorial puts LoRA; gate_up_proj is gate_proj and up_proj in one", 8
+    )
     for left, steps in BRANCHES:
         for place, (name, size, colour) in enumerate(steps):
             bottom = (1.35, 2.75)[place in (1, 2)]

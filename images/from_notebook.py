@@ -1,4 +1,4 @@
-"""Takes the before/after plot for the READMEs out of notebook 05, as it was last run and committed.
+"""Takes the before/after plot for the READMEs out of notebook 06, as it was last run and committed.
 
     python images/from_notebook.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "notebooks" / "05_before_after_comparison.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "06_before_after_comparison.ipynb"
 DRAWN_BY = "before_after_figure("
 TARGET = ROOT / "images" / "before_after.png"
 

@@ -24,7 +24,7 @@ from nano.pretrain import build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
-TOKENS, TRAINING, CHAT = "03_dataset_and_chat_template", "04_lora_sft_training", "05_before_after_comparison"
+TOKENS, TRAINING, CHAT = "03_dataset_and_chat_template", "04_lora_sft_training", "06_before_after_comparison"
 SCREENSHOTS = Path(os.environ.get("GLM4_SCREENSHOTS") or ROOT / "outputs" / "screenshots")
 """`make notebooks` sets the variable and so refreshes the committed pictures; else they go to the ignored outputs/."""
 
@@ -423,12 +423,12 @@ def test_the_token_view_shows_the_row_that_is_chosen(browser, lab, course):
         picture(page, "token_view", tokens)
 
 
-# Notebook 05
+# Notebook 06
 
 
 @pytest.fixture(scope="module")
 def run_once(browser, lab, trained_course):
-    """Notebook 05 in the light theme, all cells run. It trains the adapter where 04 has not."""
+    """Notebook 06 in the light theme, all cells run. It trains the adapter where 04 has not."""
     with opened(browser, lab[0], trained_course / "notebooks" / f"{CHAT}.ipynb") as page:
         run_all(page)
         wait_until_run(page)
@@ -437,7 +437,7 @@ def run_once(browser, lab, trained_course):
 
 @pytest.fixture
 def page(run_once, request):
-    """Notebook 05 with a new chat box."""
+    """Notebook 06 with a new chat box."""
     failed_before = request.session.testsfailed
     rerun_chat_cell(run_once)
     yield run_once

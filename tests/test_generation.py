@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import GenerationConfig
 
+from glm4_helpers.chat.conversation import Conversation, Reply, Speakers, Turn, history
 from glm4_helpers.chat_format import prompt_ids
 from glm4_helpers.checks.chat_template import stop_ids
 from glm4_helpers.generation import Answer, Past, Sampling, _pieces, answers, continuations, fit_history, stream
@@ -236,7 +237,22 @@ def test_of_a_conversation_only_what_is_new_is_computed(rambling, tokenizer):
     # The format's newline was not this model's, so its answers are read again; the prompts before them are not.
     assert all(new == whole - before for (new, whole), (_, before) in zip(lengths[1:], lengths))
     for other in (user("你好香蕉"), user("西瓜")):
-        assert "".join(stream(rambling, tokenizer, other, 8, past=past)) == answers(rambling, tokenizer, [other], 8)[0].text
+        told = "".join(stream(rambling, tokenizer, other, 8, past=past))
+        assert told == answers(rambling, tokenizer, [other], 8)[0].text
+
+
+def test_weights_that_changed_between_turns_are_asked_about_all_of_the_conversation(tokenizer):
+    model = write_only(tiny_glm(tokenizer, seed=4), tokenizer, "你好苹果香蕉西瓜天地人")
+    conversation = Conversation(Speakers(model, None), tokenizer, Sampling(8))
+    for question in ("你好", "苹果"):
+        conversation.turns.append(Turn(question, [reply := Reply("base")]))
+        list(conversation.write(reply))
+        with torch.no_grad():
+            model.model.embed_tokens.weight.neg_()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.neg_()
+    messages = [*history(conversation.turns[:1], "base"), *user("苹果")]
+    assert reply.text == answers(model, tokenizer, [messages], 8)[0].text
 
 
 def test_characters_of_several_bytes_are_never_shown_in_part(model, tokenizer, monkeypatch):

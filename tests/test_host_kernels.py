@@ -191,7 +191,7 @@ def test_notebooks_install_and_run_and_torch_stays(host):
     clone = work / "the course"
     torch, widgets = files(packages, "torch"), files(packages, "ipywidgets")
     run(host, setup)
-    write_few_rows(clone / "data", train=480, others=16)  # notebook 05 trains first, since no adapter is there
+    write_few_rows(clone / "data", train=480, others=16)  # notebook 06 trains first, since no adapter is there
     run(host, comparison)
     assert "Warning" not in printed(setup) + printed(comparison)
     assert torch and files(packages, "torch") == torch

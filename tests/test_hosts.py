@@ -372,13 +372,13 @@ def test_jupyter_is_allowed_to_run_as_root_only_for_root(tmp_path):
 
 @pytest.fixture(scope="module")
 def shared_course(small_course):  # noqa: F811
-    """One course folder for each set of cards, so that notebook 05 finds what 04 trained."""
+    """One course folder for each set of cards, so that notebook 06 finds what 04 trained."""
     made = {}
     return lambda names: made.setdefault(names, small_course(names.replace(",", "-")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["01_environment_setup", "04_lora_sft_training", "05_before_after_comparison"])
+@pytest.mark.parametrize("name", ["01_environment_setup", "04_lora_sft_training", "06_before_after_comparison"])
 @pytest.mark.parametrize("names", ["T4", "T4,T4"])
 def test_notebooks_run_unchanged_with_a_t4_and_with_two(shared_course, names, name, monkeypatch):
     monkeypatch.setenv("GLM4_TEST_CARDS", names)

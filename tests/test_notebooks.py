@@ -28,7 +28,8 @@ STEMS = (
     "02_model_inspection",
     "03_dataset_and_chat_template",
     "04_lora_sft_training",
-    "05_before_after_comparison",
+    "05_choosing_settings",
+    "06_before_after_comparison",
 )
 COURSE = [FOLDER / f"{stem}.ipynb" for stem in STEMS]
 SOLUTIONS = [FOLDER / "solutions" / f"{stem}.ipynb" for stem in STEMS]

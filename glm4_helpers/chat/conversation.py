@@ -76,8 +76,8 @@ class Conversation:
     system: str = ""
     turns: list[Turn] = field(default_factory=list)
     dropped: int = 0
-    pasts: dict[str | None, Past] = field(default_factory=dict, repr=False)
-    """By adapter, what was computed for the turns so far."""
+    pasts: dict[str | None, tuple[Any, Past]] = field(default_factory=dict, repr=False)
+    """By adapter, what was computed for the turns so far, and with which weights."""
 
     def __post_init__(self) -> None:
         positions = self.speakers.positions
@@ -102,7 +102,10 @@ class Conversation:
 
     def _pieces(self, reply: Reply, messages: list[Any], stop: threading.Event | None) -> Generator[str, None, None]:
         with self.speakers.speaking(reply.adapter) as model:
-            past = self.pasts.setdefault(reply.adapter, Past())
+            # A checkpoint may have been read again, and a model trained on, since the last turn.
+            weights = reply.adapter and model.active_adapter, sum(weight._version for weight in model.parameters())
+            used, past = self.pasts.get(reply.adapter, (None, None))
+            self.pasts[reply.adapter] = weights, past = weights, past if used == weights else Past()
             answer = yield from stream(model, self.tokenizer, messages, None, self.sampling, stop, past)
         reply.text = answer.text
         if answer.stopped:

@@ -1,4 +1,4 @@
-"""``course``: run the five notebooks in order, with progress, times and figures.
+"""``course``: run the six notebooks in order, with progress, times and figures.
 
 Copies are executed into outputs/notebooks/; ``--in-place`` refreshes the committed notebooks instead. What the
 notebooks do is written in them alone.
@@ -23,10 +23,10 @@ from ...support.files import read_json
 from ...support.paths import home, outputs_dir
 from . import add_json, add_profile, chosen_profile, show
 
-HELP = "run the five notebooks, then print the scores before and after"
+HELP = "run the six notebooks, then print the scores before and after"
 EXAMPLES = """\
 examples:
-  python -m glm4_helpers course               copies of all five, into outputs/notebooks/; some minutes
+  python -m glm4_helpers course               copies of all six, into outputs/notebooks/; some minutes
   python -m glm4_helpers course --only 04 05
   python -m glm4_helpers course --in-place    refreshes the outputs of the committed notebooks"""
 
@@ -80,7 +80,7 @@ def recorded_metrics(stem: str) -> dict[str, Any]:
 
 
 def stored_result(profile_name: str) -> dict[str, Any] | None:
-    """The before/after scores that notebook 05 stored for a profile, or None."""
+    """The before/after scores that notebook 06 stored for a profile, or None."""
     return read_json(outputs_dir(profile_name) / "before_after.json")
 
 
@@ -257,7 +257,7 @@ def _one_line(metrics: Mapping[str, Any]) -> str:
 
 def _table(result: Mapping[str, Any] | None) -> str:
     if result is None:
-        return "No scores yet: notebook 05 stores them."
+        return "No scores yet: notebook 06 stores them."
     from ...evaluation import format_table
 
     return format_table(result)
