@@ -104,8 +104,9 @@ class Conversation:
         with self.speakers.speaking(reply.adapter) as model:
             # A checkpoint may have been read again, and a model trained on, since the last turn.
             weights = reply.adapter and model.active_adapter, sum(weight._version for weight in model.parameters())
-            used, past = self.pasts.get(reply.adapter, (None, None))
-            self.pasts[reply.adapter] = weights, past = weights, past if used == weights else Past()
+            if self.pasts.get(reply.adapter, (None,))[0] != weights:
+                self.pasts[reply.adapter] = weights, Past()
+            past = self.pasts[reply.adapter][1]
             answer = yield from stream(model, self.tokenizer, messages, None, self.sampling, stop, past)
         reply.text = answer.text
         if answer.stopped:
