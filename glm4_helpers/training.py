@@ -205,11 +205,13 @@ def _train(
 
 @contextmanager
 def _tracked(profile: Profile, work: Path, start: Start, mode: str) -> Iterator[TrainerCallback | None]:
-    """SwanLab's callback on one tracked run for all of this training, including what came before an interruption."""
+    """SwanLab's callback on one tracked run for all of this training, including what came before an interruption.
+
+    The run has the name of its output folder, which tells runs of one profile apart."""
     if not PartialState().is_main_process or mode == "disabled":
         yield None
         return
-    run = tracking.start_run(mode, name=profile.name, config=profile_settings(profile), earlier=start.tracked)
+    run = tracking.start_run(mode, name=work.parent.name, config=profile_settings(profile), earlier=start.tracked)
     write_json(work / RUN_FILE, {**read_json(work / RUN_FILE), "tracking": run.settings()})
     if start.tracked:
         tracking.replay(*start.history(), start.tracked)

@@ -17,7 +17,9 @@ import nbformat
 import pytest
 import torch
 from conftest import ROOT
+from optional_packages import python_path
 from test_notebooks import write_few_rows
+from test_tracking import dashboard
 from tiny_models import save_model, tiny_glm
 
 from nano.pretrain import build_tokenizer
@@ -40,6 +42,7 @@ QUESTION = "大象的英文是什么？"  # What is 'elephant' in English?
 FORGED = "<b>粗体</b><img src=x onerror=\"document.title='owned'\">"
 SAID_BY_MODEL = "<b>粗体"
 SECONDS_FOR_A_NOTEBOOK = 1200
+RUNS_COMPARED = {"rate 0.002": [], "rate 0.0005": ["--set", "training.learning_rate=5e-4"]}
 
 
 # What is opened
@@ -690,3 +693,26 @@ def tab_to(page, name: str, or_until=lambda: False) -> None:
                 return
             page.keyboard.press(key)
     pytest.fail(f"{name} can't be reached with the Tab key; the focus is on {focused(page)!r}")
+
+
+# SwanLab's dashboard
+
+
+def test_runs_are_compared_in_swanlabs_dashboard(browser, tmp_path):
+    """Two trainings, tracked with --tracking local: each has its own name and curve."""
+    path = python_path("swanboard")
+    course_folder(tmp_path)
+    variables = {"GLM4_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), path])}
+    once = ["--tracking", "local", "--set", "training.epochs=1"]
+    for name, settings in RUNS_COMPARED.items():
+        command = ["train", "--output", str(tmp_path / "outputs" / name), *once, *settings]
+        subprocess.run([sys.executable, "-m", "glm4_helpers", *command], env=os.environ | variables, check=True)
+    page = browser.new_page(viewport={"width": 1200, "height": 560})
+    with dashboard(tmp_path / "outputs" / "swanlog", path) as address:
+        page.goto(f"{address}/charts")
+        for name in RUNS_COMPARED:
+            page.get_by_text(name, exact=True).first.wait_for()
+        page.locator("canvas").first.wait_for()
+        page.wait_for_timeout(2000)  # the curves are drawn point by point
+        picture(page, "swanlab_two_runs", page.locator("body"))
+    page.close()

@@ -135,7 +135,7 @@ def test_disabled_writes_nothing(log, tmp_path):
 
 @contextmanager
 def dashboard(folder: Path, path: str):
-    """`swanlab watch` on the folder, as a user starts it; yields a function that asks its server."""
+    """`swanlab watch` on the folder, as a user starts it; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,22 +149,24 @@ def dashboard(folder: Path, path: str):
         text=True,
     )
 
-    def ask(address: str):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/{address}", timeout=10) as reply:
-            return json.load(reply)["data"]
-
+    address = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + 60
         while time.monotonic() < until:  # it says "ready" before it listens
             try:
-                ask("project")
+                ask(address, "project")
                 break
             except OSError:
                 time.sleep(0.5)
-        yield ask
+        yield address
     finally:
         server.terminate()
         server.communicate(timeout=20)
+
+
+def ask(address: str, what: str):
+    with urllib.request.urlopen(f"{address}/api/v1/{what}", timeout=10) as reply:
+        return json.load(reply)["data"]
 
 
 def test_local_feeds_the_dashboard_which_shows_losses_and_texts(log, tmp_path):
@@ -174,9 +176,9 @@ def test_local_feeds_the_dashboard_which_shows_losses_and_texts(log, tmp_path):
     folder = Path(json.loads(done.stdout.splitlines()[-1])["folder"])
     assert texts(folder) == {"你好\n\n第10步的回答", "你好\n\n第20步的回答"}
     assert scalars(folder)["train/loss", 20] == 1.125
-    with dashboard(tmp_path / "swanlog", path) as ask:
-        run = ask("project")["experiments"][0]
-        logged = {tag: ask(f"experiment/{run['id']}/tag/{tag}")["list"] for tag in ("train/loss", "answers")}
+    with dashboard(tmp_path / "swanlog", path) as address:
+        run = ask(address, "project")["experiments"][0]
+        logged = {tag: ask(address, f"experiment/{run['id']}/tag/{tag}")["list"] for tag in ("train/loss", "answers")}
     assert run["name"] == "test"
     assert [(point["index"], point["data"]) for point in logged["train/loss"]] == [(10, 2.25), (20, 1.125)]
     assert [point["data"] for point in logged["answers"]] == [["你好\n\n第10步的回答"], ["你好\n\n第20步的回答"]]
