@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from numbers import Integral, Real
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
@@ -30,6 +32,9 @@ from .checks.chat_template import stop_ids
 from .support.errors import SettingError
 
 Message = Mapping[str, Any]
+# transformers 5.24 renamed the argument of `generate` that takes keys and values computed before.
+_NAMES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
 
 
 def _require(name: str, value: Any, kind: Any, valid: Callable[[Any], bool], wanted: str) -> None:
@@ -332,7 +337,7 @@ def _stream(
     def work() -> None:
         try:
             with _answering(model, sampling.seed):
-                options = {"stopping_criteria": criteria, "past_key_values": past.up_to(prompt)}
+                options = {"stopping_criteria": criteria, CACHE: past.up_to(prompt)}
                 past.ids = []  # an error leaves a cache of unknown length
                 new = _generate(model, tokenizer, [prompt], sampling, stops, **options)
                 past.ids = prompt + new[0].tolist()[:-1]  # the last token was never read
