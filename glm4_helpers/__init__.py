@@ -41,6 +41,7 @@ _NAMES = {
     "plots": (
         "before_after_figure",
         "checkpoints_figure",
+        "grid_figure",
         "kind_label",
         "kinds_figure",
         "kinds_of_rows_figure",

@@ -323,6 +323,28 @@ def sweep_figure(runs: Sequence[Mapping[str, Any]], setting: str) -> Figure:
     return figure
 
 
+@_figure
+def grid_figure(runs: Mapping[tuple[Any, Any], Mapping[str, Any]], rows: str, columns: str) -> Figure:
+    """Right answers, and facts still known, over two settings: two maps with a number in each field.
+
+    `runs` holds each run under its values of both settings, with `right` and `knows`, two `evaluation.Rate`. Shown in
+    05, 5.3.
+    """
+    down, across = (sorted({key[place] for key in runs}) for place in (0, 1))
+    figure, axes = new_figure(7.5, 2.9, columns=2)
+    titles = {"right": "right answers, dev rows (%)", "knows": "facts still known (%)"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        values = [[100 * runs[row, column][name].value for column in across] for row in down]
+        axis.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                axis.text(x, y, f"{value:.0f}", ha="center", va="center")
+        axis.set_xticks(range(len(across)), [f"{value:g}" for value in across])
+        axis.set_yticks(range(len(down)), [f"{value:g}" for value in down])
+        axis.set(title=title, xlabel=columns, ylabel=rows)
+    return figure
+
+
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average without its pull towards zero at the start (Adam's bias correction)."""
     average, out = 0.0, []

@@ -41,6 +41,7 @@ CHECKPOINTS = [
     {"step": 10, "dev_loss": 0.5, "dev_token_accuracy": 0.8, "stop_rate": 0.9, "best": False},
     {"step": 20, "dev_loss": 0.3, "dev_token_accuracy": 0.9, "stop_rate": None, "best": True},
 ]
+GRID = {(rate, rank): {"right": Rate(rank, 40), "knows": Rate(40, 40)} for rate in (2e-3, 5e-4) for rank in (8, 2)}
 TABLE = [
     {"part": "mlp", "parameters": 3_000_000, "trainable": 0, "share": 0.999},
     {"part": "adapter", "parameters": 3_000, "trainable": 3_000, "share": 0.001},
@@ -55,6 +56,9 @@ FIGURES = {
     "parameters": lambda: plots.parameter_figure(TABLE),
     "lengths": lambda: plots.lengths_figure([5, 9, 30], max_length=20),
     "kinds_of_rows": lambda: plots.kinds_of_rows_figure([{"kind": kind} for kind in plots.KINDS]),
+    "grid": lambda: plots.grid_figure(GRID, "learning rate", "rank"),
+    "sweep": lambda: plots.sweep_figure([{"rows": 200 * run["right"].right, **run} for run in GRID.values()], "rows"),
+    "surprise": lambda: plots.surprise_figure(["newline", "斯", "end"], [9.0, 1.0, 0.5], [0.1, 0.0, 0.2]),
     "memory": lambda: plots.memory_figure({"LoRA": {"weights": 2**34, "我的": 2**30}}, limit=24 * 2**30),
 }
 
@@ -191,6 +195,14 @@ def test_kinds_of_rows_are_counted_from_rows_or_taken_as_counts():
     from_counts = plots.kinds_of_rows_figure({"list": 1, "sum": 2})
     assert texts(from_rows) == texts(from_counts)
     assert [text.get_text() for text in from_rows.axes[0].texts] == ["2", "1"]
+
+
+def test_a_grid_has_rows_and_columns_in_order_and_a_number_in_each_field():
+    right, knows = plots.grid_figure(GRID, "learning rate", "rank").axes
+    assert [label.get_text() for label in right.get_yticklabels()] == ["0.0005", "0.002"]
+    assert [label.get_text() for label in right.get_xticklabels()] == ["2", "8"]
+    assert [text.get_text() for text in right.texts] == ["5", "20"] * 2
+    assert [text.get_text() for text in knows.texts] == ["100"] * 4
 
 
 def test_memory_in_gibibytes_or_mebibytes():
