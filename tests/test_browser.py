@@ -688,7 +688,7 @@ def focused(page) -> str:
 def tab_to(page, name: str, or_until=lambda: False) -> None:
     """Press Tab, or Shift+Tab where that leads nowhere, until the control of this name has the focus."""
     for key in ("Tab", "Shift+Tab"):
-        for _ in range(25):
+        for _ in range(60):
             if focused(page) == name or or_until():
                 return
             page.keyboard.press(key)
