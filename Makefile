@@ -5,7 +5,7 @@
 #   make lab        JupyterLab on the notebooks
 #   make notebooks  run the notebooks, store their outputs in place, and take the pictures anew
 #   make screenshots  the pictures alone; the chat box speaks with the adapter in outputs/, where there is one
-#   make bench      train and score again from nothing, and print the time it took
+#   make bench      measure the speed here, and write benchmarks/speed.md: over an hour
 # Variables:
 #   PYTHON=...       the Python (3.11 or newer) to make .venv with
 #   TORCH_INDEX=cpu  take torch from PyTorch's CPU index (Linux without a GPU: a far smaller download);
@@ -49,8 +49,7 @@ screenshots: $(INSTALLED)
 	$(SCREENSHOTS)
 
 bench: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers train --force --tracking disabled --output outputs/bench
-	HF_HUB_OFFLINE=1 $(RUN) -m glm4_helpers evaluate --adapter outputs/bench
+	HF_HUB_OFFLINE=1 $(RUN) -m benchmarks.speed
 
 install: $(INSTALLED)
 

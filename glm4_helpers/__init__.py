@@ -49,6 +49,7 @@ _NAMES = {
         "loss_figure",
         "memory_figure",
         "parameter_figure",
+        "seconds_figure",
         "surprise_figure",
         "sweep_figure",
     ),

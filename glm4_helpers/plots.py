@@ -414,20 +414,37 @@ def _fraction(value: float | Mapping[str, float] | None) -> float:
 @_figure
 def parameter_figure(table: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Parameters by part of the model, with their share; `table` is what `models.parameter_table` returns."""
-    rows = [row for row in table if row["part"] != "total"]
-    total = sum(row["parameters"] for row in rows)
-    figure, axis = new_figure(7.5, 1.0 + 0.42 * len(rows))
-    colours = [ACCENT if row["part"] == "adapter" else AFTER for row in rows]
-    axis.barh(range(len(rows)), [row["parameters"] for row in rows], 0.62, color=colours)
-    for place, row in enumerate(rows):
-        text = f"{short_count(row['parameters'])}   {_share(row['parameters'] / total)}"
-        axis.annotate(text, (row["parameters"], place), (5, 0), textcoords="offset points", va="center", size=9)
-    _name_rows(axis, [row["part"] for row in rows])
-    axis.set_xlim(0, 1.28 * max(row["parameters"] for row in rows))
-    axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
+    parts = {row["part"]: row["parameters"] for row in table if row["part"] != "total"}
+    return _shares_figure(
+        parts, short_count, f"{title + ': ' if title else ''}{sum(parts.values()):,} parameters", accent="adapter"
+    )
+
+
+@_figure
+def seconds_figure(parts: Mapping[str, float], title: str) -> Figure:
+    """Seconds by part, with their share.
+
+    Shown in 05, 5.7.
+    """
+    return _shares_figure(parts, _milliseconds, f"{title}: {_milliseconds(sum(parts.values()))}")
+
+
+def _shares_figure(parts: Mapping[str, float], short: Callable[[float], str], title: str, accent: str = "") -> Figure:
+    figure, axis = new_figure(7.5, 1.0 + 0.42 * len(parts))
+    axis.barh(range(len(parts)), [*parts.values()], 0.62, color=[ACCENT if part == accent else AFTER for part in parts])
+    for place, value in enumerate(parts.values()):
+        text = f"{short(value)}   {_share(value / sum(parts.values()))}"
+        axis.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", size=9)
+    _name_rows(axis, [*parts])
+    axis.set_xlim(0, 1.28 * max(parts.values()))
+    axis.xaxis.set_major_formatter(lambda value, _: short(value))
     axis.grid(axis="x")
-    axis.set_title(f"{title + ': ' if title else ''}{total:,} parameters")
+    axis.set_title(title)
     return figure
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def short_count(count: float) -> str:

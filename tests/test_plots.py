@@ -54,6 +54,7 @@ FIGURES = {
     "loss": lambda: plots.loss_figure(HISTORY),
     "checkpoints": lambda: plots.checkpoints_figure(CHECKPOINTS),
     "parameters": lambda: plots.parameter_figure(TABLE),
+    "seconds": lambda: plots.seconds_figure({"forward": 0.03, "backward": 0.06}, "a step"),
     "lengths": lambda: plots.lengths_figure([5, 9, 30], max_length=20),
     "kinds_of_rows": lambda: plots.kinds_of_rows_figure([{"kind": kind} for kind in plots.KINDS]),
     "grid": lambda: plots.grid_figure(GRID, "learning rate", "rank"),
@@ -172,6 +173,11 @@ def test_checkpoints_prefer_the_accuracy_of_whole_answers():
     rows = [{**row, "dev_accuracy": score(15)} for row in CHECKPOINTS]
     assert "right dev answers (%)" in texts(plots.checkpoints_figure(rows))
     assert "right dev tokens (%)" in texts(plots.checkpoints_figure(CHECKPOINTS))
+
+
+def test_seconds_are_drawn_as_milliseconds_with_their_shares():
+    shown = texts(plots.seconds_figure({"forward": 0.03, "backward": 0.06}, "a step"))
+    assert "a step: 90 ms" in shown and "30 ms   33.3 %" in shown and "60 ms   66.7 %" in shown
 
 
 def test_parameters_leave_the_total_to_the_title():
