@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import glm4_helpers  # noqa: F401 - before torch, since it sets how torch's threads wait
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub libraries are first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

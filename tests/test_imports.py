@@ -2,8 +2,12 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 
+import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "glm4_helpers"
@@ -45,3 +49,17 @@ def test_the_house_lists_every_unit_and_has_no_circle():
     units = {file.stem for file in PACKAGE.glob("*.py")} | {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     core = [module for module, _ in HOUSE["core"]]
     assert set(HOUSE["arrows"]) == {*core, *HOUSE["rooms"]} == units - set(ENTRY)
+
+
+@pytest.mark.parametrize(
+    "way_in", ["import glm4_helpers", "import nano", "import benchmarks", "runpy.run_path('notebooks/start.py')"]
+)
+@pytest.mark.parametrize(("own", "wanted"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_every_way_in_sets_how_threads_wait_before_torch_reads_it(way_in, own, wanted):
+    """A thread that spins keeps the core which the last one waits for; torch reads the setting when it is imported."""
+    said = f"import os, runpy, sys; {way_in}; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    others = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run(
+        [sys.executable, "-c", said], cwd=ROOT, env={**others, **own}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", wanted]

@@ -371,6 +371,7 @@ def test_a_run_of_few_steps_without_evaluations_has_a_loss_and_an_adapter(home):
     result = training.train(profile, tracking_mode="disabled")
     assert result.final_loss > 0 and result.checkpoints == []
     assert (result.adapter_dir / "adapter_model.safetensors").is_file()
+    assert not (result.adapter_dir / checkpoints.ANSWERS_FILE).exists()
 
 
 def test_dev_rows_that_have_no_question_are_not_asked(home):

@@ -28,6 +28,8 @@ from ..support.files import read_json, write_json
 class AnswerAtCheckpoints(TrainerCallback):
     """Greedy answers to fixed questions before the first step and at each evaluation, kept in a file and reported.
 
+    A run without evaluations answers none: its first answers would have nothing to be compared with.
+
     `records` is a list of {"step", "stop_rate", "answers": [{"question", "answer", "stopped"}]}.
     """
 
@@ -49,7 +51,7 @@ class AnswerAtCheckpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         earlier = (read_json(self.file) or []) if state.global_step else []
         self.records = [record for record in earlier if record["step"] <= state.global_step]
-        if not state.global_step:
+        if not state.global_step and args.eval_strategy != "no":
             self._answer(args, state, model)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
