@@ -9,9 +9,9 @@ import importlib
 import os
 
 # Threads that wait for one another spin for a millisecond before they sleep, and keep the last one from its core where
-# another program takes a core: a step then took 7 to 30 times as long, now twice. libgomp reads this when torch is
-# imported, so it has to be set before. `python -m benchmarks.speed --sections busy` measures it.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# another program takes a core: a step then took 7 to 30 times as long, now three times. Sleeping sooner still would slow
+# a quiet machine. libgomp reads this when torch is imported. `python -m benchmarks.speed --sections busy` measures it.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 __version__ = "0.1.0"
 

@@ -54,7 +54,7 @@ def test_the_house_lists_every_unit_and_has_no_circle():
 @pytest.mark.parametrize(
     "way_in", ["import glm4_helpers", "import nano", "import benchmarks", "runpy.run_path('notebooks/start.py')"]
 )
-@pytest.mark.parametrize(("own", "wanted"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("own", "wanted"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_every_way_in_sets_how_threads_wait_before_torch_reads_it(way_in, own, wanted):
     """A thread that spins keeps the core which the last one waits for; torch reads the setting when it is imported."""
     said = f"import os, runpy, sys; {way_in}; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
