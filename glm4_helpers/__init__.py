@@ -9,8 +9,8 @@ import importlib
 import os
 
 # Threads that wait for one another spin for a millisecond before they sleep, and keep the last one from its core where
-# another program takes a core: a step then took 7 to 30 times as long, now three times. Sleeping sooner still would slow
-# a quiet machine. libgomp reads this when torch is imported. `python -m benchmarks.speed --sections busy` measures it.
+# another program takes a core: a step then took 7 to 30 times as long, now three times. To sleep sooner still would
+# slow a quiet machine. libgomp reads this when torch is imported; benchmarks.speed measures it.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 __version__ = "0.1.0"
