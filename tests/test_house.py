@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from optional_packages import absent
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -60,7 +61,7 @@ def test_the_installed_packages_are_the_pinned_ones():
     installed = {canonicalize_name(found.metadata["Name"]): found.version for found in distributions()}
     versions = pinned()
     if any(installed.get(name, "").split("+")[0] != versions[name] for name in ("torch", "transformers", "trl")):
-        pytest.skip("another environment than the one that make sets up")
+        absent("another environment than the one that make sets up")
     found = {name: installed[name].split("+")[0] for name in versions if name in installed}
     assert {name: version for name, version in found.items() if version != versions[name]} == {}
 
@@ -206,7 +207,7 @@ def test_a_failed_install_is_tried_again(recorded_install):
 @pytest.mark.parametrize(("shell", "script"), [("sh", ".ci/install"), ("bash", ".ci/run")])
 def test_scripts_parse(shell, script):
     if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
+        absent(f"{shell} is not installed")
     subprocess.run([shell, "-n", script], cwd=ROOT, check=True)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from optional_packages import absent
 
 import glm4_helpers
 from glm4_helpers.cli import main as command_line
@@ -330,7 +331,7 @@ def other_encoding(request, tmp_path_factory):
     """Variables of a locale whose encoding is not UTF-8, as on Windows in Chinese and in Western Europe."""
     language, encoding = request.param
     if not shutil.which("localedef"):
-        pytest.skip("localedef is not installed: no such locale can be made")
+        absent("localedef is not installed: no such locale can be made")
     folder = tmp_path_factory.mktemp("locales")
     name = f"{language}.{encoding}"
     made = subprocess.run(["localedef", "-i", language, "-f", encoding, folder / name], capture_output=True, text=True)
@@ -339,7 +340,7 @@ def other_encoding(request, tmp_path_factory):
     ask = [sys.executable, "-c", "import locale; print(locale.getpreferredencoding())"]
     found = subprocess.run(ask, env=variables, capture_output=True, text=True).stdout.strip()
     if found != encoding:
-        pytest.skip(f"the locale {name} could not be made: {made.stderr.strip()}")
+        absent(f"the locale {name} could not be made: {made.stderr.strip()}")
     return variables
 
 
