@@ -1,6 +1,6 @@
 """glm4-nano's speed on this machine: time to accuracy, the step, a busy machine, answers, growth.
 
-    python -m benchmarks.speed                      about half an hour on 2 quiet cores; writes benchmarks/speed.md
+    python -m benchmarks.speed                      over an hour on 2 quiet cores; writes benchmarks/speed.md
     python -m benchmarks.speed --sections answers   one section again; the results of the others stay
     python -m benchmarks.speed --out outputs/try --dry-run   every section, short, and nothing into benchmarks/
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import GlmConfig, GlmForCausalLM, TrainerCallback
 
 from glm4_helpers import evaluation, generation, held_out, models, training
@@ -40,7 +40,8 @@ PADDED = {"training.padding_free": False}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "this course": {},
     "plain TRL, the course's settings": PADDED,
-    # The line for LoRA in TRL's own script, trl/scripts/sft.py; PEFT's targets for it are all linear layers here.
+    # The line for LoRA in TRL's own script, trl/scripts/sft.py. It leaves the matrices to PEFT, which knows none for
+    # GLM, so they are all linear layers.
     "plain TRL, its documented settings": {
         **PADDED,
         "lora.r": 32,
@@ -199,8 +200,6 @@ def one_size(axis: str, size: int, padded: bool, out: str) -> dict[str, Any]:
     model = GlmForCausalLM(config)
     steps, lengths = 10, [sizes["length"], max(8, sizes["length"] // 4)]  # unlike rows, as in real data
     ids = [[7 + number % 900] * lengths[number % 2] for number in range(sizes["batch"] * steps)]
-    from datasets import Dataset
-
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     clock = Clock()
     training.build_trainer(model, tokenizer, rows, None, profile, out, [clock]).train()
@@ -455,10 +454,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def machine() -> str:
-    names = ("torch", "transformers", "trl", "peft")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    stack = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{this_machine()}; {cores} cores, {platform.system()}; {stack}"
+    return ", ".join([str(this_machine()), *(f"{name} {version(name)}" for name in ("transformers", "trl", "peft"))])
 
 
 def main(argv: list[str] | None = None) -> int:
